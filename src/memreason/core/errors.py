@@ -1,0 +1,57 @@
+"""The exception tree. `raise` is for what a user can cause, `assert` for what only we can.
+
+    MemreasonError
+    ├── RecipeError        a recipe or a flag: every mistake in it, at once
+    ├── DataError          a file of questions or traces: file, line, value, remedy
+    ├── TaskError          an unknown task, a split or a size that a task does not have
+    ├── ModelError         a base model that cannot be found, read or used this way
+    ├── CheckpointError    a checkpoint that is incomplete, foreign or does not fit
+    └── StorageError       a file that cannot be written (full disk, permissions)
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "CheckpointError",
+    "DataError",
+    "MemreasonError",
+    "ModelError",
+    "RecipeError",
+    "StorageError",
+    "TaskError",
+]
+
+
+class MemreasonError(Exception):
+    """Base of everything a user can cause; its text is the whole message, remedy included."""
+
+
+class RecipeError(MemreasonError):
+    """A recipe, an override or a flag is wrong. `problems` holds one sentence per mistake."""
+
+    def __init__(self, problems: str | list[str], source: str = "recipe") -> None:
+        self.problems = [problems] if isinstance(problems, str) else problems
+        self.source = source
+        listed = "\n".join(f"  - {problem}" for problem in self.problems)
+        count = len(self.problems)
+        super().__init__(f"{source}: {count} problem{'s' * (count != 1)}\n{listed}")
+
+
+class DataError(MemreasonError):
+    """A file of questions or traces is malformed, unreadable or empty."""
+
+
+class TaskError(MemreasonError):
+    """A task, a split or a number of questions that does not exist."""
+
+
+class ModelError(MemreasonError):
+    """A base model or tokenizer that cannot be found, read or used this way."""
+
+
+class CheckpointError(MemreasonError):
+    """A checkpoint that is incomplete, of another base model, or does not fit its tokenizer."""
+
+
+class StorageError(MemreasonError):
+    """A file could not be written. What was complete before is still there."""
