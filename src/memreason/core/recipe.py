@@ -1,0 +1,221 @@
+"""The recipe: one small model per stage. YAML, then overrides; every mistake is reported at once."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+
+from memreason.core.errors import RecipeError
+
+__all__ = ["DataRecipe", "EvalRecipe", "MethodRecipe", "ModelRecipe", "Recipe", "TokensRecipe", "TrainRecipe", "load_recipe", "shipped"]
+
+METHODS = ("full", "lora", "prompt-tuning", "lora+prompt-tuning", "prefix-tuning")
+
+
+class Stage(BaseModel):
+    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+
+
+class DataRecipe(Stage):
+    task: str = Field("atlas", description="task whose questions are trained on and evaluated")
+    paths: list[str] = Field([], description="own trace files, PATH or PATH:WEIGHT, instead of the task's")
+    n_train: int | None = Field(None, ge=1, description="training traces (None: all; atlas: 2000)")
+    validation: float = Field(0.1, ge=0, lt=1, description="share of the training traces held out where a task has no validation split")
+    hops: list[int] | None = Field(None, description="atlas: how many lines must be combined")
+    obscurity: tuple[float, float] | None = Field(None, description="atlas: range of population rank, 0 to 1")
+    seed: int = Field(0, description="which questions are drawn")
+
+
+class ModelRecipe(Stage):
+    base: str = Field("smollm2-135m", description="built-in name, hub id, folder or GGUF file")
+    revision: str | None = Field(None, description="hub revision")
+    dtype: Literal["auto", "bf16", "fp16", "fp32"] = Field("auto", description="of the base weights")
+    quantize: Literal["8bit", "4bit"] | None = Field(None, description="through bitsandbytes")
+    trust_remote_code: bool = Field(False, description="run code that comes with a hub model")
+    random_initialize: bool = Field(False, description="train from scratch")
+    offload: bool = Field(False, description="layers that do not fit the GPU go to the CPU")
+
+
+class TokensRecipe(Stage):
+    n_prefix: int = Field(1, ge=0, le=64, description="planning tokens that open every line")
+    n_special: int = Field(2, ge=0, le=64, description="planning tokens per kind")
+    kinds: list[str] = Field(["reason", "memory"], description="kinds of lines")
+    placement: Literal["each_step", "only_at_front"] = Field("each_step", description="where blocks stand")
+    template: Literal["plain", "alpaca"] = Field("plain", description="text around the question")
+    add: bool = Field(True, description="False: no planning tokens at all")
+
+
+class MethodRecipe(Stage):
+    name: Literal["full", "lora", "prompt-tuning", "lora+prompt-tuning", "prefix-tuning"] = Field(
+        "lora+prompt-tuning", description="what is trained (prompt-tuning: the new rows)"
+    )
+    lora_module: Literal["mlp", "atten", "all"] | list[str] = Field("all", description="which projections carry LoRA")
+    lora_r: int = Field(16, ge=1, description="rank")
+    lora_alpha: int = Field(16, ge=1, description="scale")
+    lora_dropout: float = Field(0.05, ge=0, lt=1, description="dropout on the LoRA input")
+
+
+class TrainRecipe(Stage):
+    """Fields of ours, and any field of Transformers' TrainingArguments beside them."""
+
+    model_config = ConfigDict(extra="allow")
+
+    model_max_length: int = Field(1024, ge=8, description="longer examples are dropped and counted")
+    cut: bool = Field(False, description="cut longer examples instead")
+    mode: Literal["supervised", "constant_len"] = Field("supervised", description="padded examples, or a packed stream")
+    select_on: Literal["validation", "test"] = Field("validation", description="split that chooses the epoch")
+    n_select: int = Field(100, ge=1, description="questions answered each epoch to choose it")
+
+    @model_validator(mode="after")
+    def check_training_arguments(self) -> TrainRecipe:
+        known = training_argument_types()
+        problems = []
+        for name, value in (self.model_extra or {}).items():
+            if name not in known:
+                problems.append(f"train.{name}: no such field here nor in transformers.TrainingArguments")
+                continue
+            try:
+                assert self.model_extra is not None
+                self.model_extra[name] = TypeAdapter(known[name]).validate_python(value)
+            except ValidationError as error:
+                problems.append(f"train.{name}: {error.errors()[0]['msg'].lower()}, got {value!r}")
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
+
+
+class EvalRecipe(Stage):
+    task: str | None = Field(None, description="another task than the trained one (cross-task)")
+    split: str = Field("test", description="split whose questions are answered")
+    n: int | None = Field(None, ge=1, description="how many, drawn without replacement (None: all; atlas: 300)")
+    batch_size: int = Field(32, ge=1, description="questions in flight")
+    max_new_tokens: int = Field(256, ge=1, description="limit of a generated trace")
+    max_length: int | None = Field(None, ge=2, description="limit of prompt and trace together")
+    decoding: Literal["greedy", "sample", "model-default"] = Field("greedy", description="how tokens are chosen")
+    temperature: float = Field(1.0, gt=0, description="for sampling")
+    top_p: float = Field(1.0, gt=0, le=1, description="for sampling")
+    n_samples: int = Field(1, ge=1, description="traces per question")
+    seed: int = Field(0, description="of sampling, and of the draw of questions")
+
+
+class Recipe(Stage):
+    name: str = Field("run", description="names the run folder", pattern=r"^[\w.=+-]+$")
+    seed: int = Field(0, description="of training")
+    output_dir: str | None = Field(None, description="run folder (None: runs/NAME)")
+    data: DataRecipe = Field(default_factory=DataRecipe)
+    model: ModelRecipe = Field(default_factory=ModelRecipe)
+    tokens: TokensRecipe = Field(default_factory=TokensRecipe)
+    method: MethodRecipe = Field(default_factory=MethodRecipe)
+    train: TrainRecipe = Field(default_factory=TrainRecipe)
+    eval: EvalRecipe = Field(default_factory=EvalRecipe)
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.output_dir or f"runs/{self.name}")
+
+    @model_validator(mode="after")
+    def check_together(self) -> Recipe:
+        if self.method.name == "prefix-tuning" and (self.train.model_extra or {}).get("gradient_checkpointing"):
+            raise ValueError("train.gradient_checkpointing: prefix-tuning does not take it; leave it out")
+        if self.method.name == "full" and self.model.quantize:
+            raise ValueError("model.quantize: quantised weights cannot be trained in full; use a LoRA method")
+        return self
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+@cache
+def training_argument_types() -> dict[str, Any]:
+    """TrainingArguments' fields and types, read from its source: importing it would import torch."""
+    spec = importlib.util.find_spec("transformers")
+    if spec is None or not spec.submodule_search_locations:
+        raise RecipeError("transformers is not installed", "environment")
+    tree = ast.parse((Path(spec.submodule_search_locations[0]) / "training_args.py").read_text(encoding="utf-8"))
+    body = next(node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "TrainingArguments")
+    plain: dict[str, Any] = {"int": int, "float": float, "bool": bool, "str": str}
+    types = {}
+    for node in body:
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            parts = ast.unparse(node.annotation).split(" | ")
+            simple = all(part in (*plain, "None") for part in parts)
+            kind: Any = plain.get(parts[0], Any) if simple else Any
+            types[node.target.id] = kind | None if simple and "None" in parts and len(parts) == 2 else kind
+    return types
+
+
+def shipped() -> dict[str, Path]:
+    """Recipes that come with the package: name -> file."""
+    return {path.stem: path for path in sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))}
+
+
+def load_recipe(source: str | Path | None, overrides: Sequence[tuple[str, Any]] | Mapping[str, Any] = ()) -> Recipe:
+    """Read a recipe file or a shipped recipe's name, then apply overrides such as ("train.learning_rate", "1e-3").
+
+    Raises RecipeError holding every mistake of file and overrides together.
+    """
+    values: dict[str, Any] = {}
+    problems: list[str] = []
+    if source is not None:
+        values = _read_yaml(shipped().get(str(source), Path(source)))
+    items = overrides.items() if isinstance(overrides, Mapping) else overrides
+    for key, value in items:
+        problems += _put(values, key.split("."), _number(value), key)
+    try:
+        recipe = Recipe.model_validate(values)
+    except ValidationError as error:
+        problems += [line for item in error.errors() for line in _say(item)]
+        raise RecipeError(problems, str(source or "recipe")) from error
+    if problems:
+        raise RecipeError(problems, str(source or "recipe"))
+    return recipe
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise RecipeError(f"no such file, and no shipped recipe of that name ({', '.join(shipped())})", str(path))
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"not UTF-8 at byte {error.start}", str(path)) from error
+    except yaml.YAMLError as error:
+        raise RecipeError("not YAML: " + " ".join(str(error).split()), str(path)) from error
+    if not isinstance(values, dict):
+        raise RecipeError(f"a mapping of stages is needed, got {values!r}", str(path))
+    return values
+
+
+def _number(value: Any) -> Any:
+    """A flag's text as YAML would read it, and `1e-3`, which YAML 1.1 takes for a text."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return float(value) if "e" in value.lower() and value[:1] in "0123456789.-+" else yaml.safe_load(value)
+    except (ValueError, yaml.YAMLError):
+        return value
+
+
+def _put(values: dict[str, Any], path: list[str], value: Any, key: str) -> list[str]:
+    for part in path[:-1]:
+        inner = values.setdefault(part, {})
+        if not isinstance(inner, dict):
+            return [f"{key}: {part} is not a stage of the recipe"]
+        values = inner
+    values[path[-1]] = value
+    return []
+
+
+def _say(item: Any) -> list[str]:
+    place = ".".join(str(part) for part in item["loc"])
+    if item["type"] == "value_error":
+        return str(item["ctx"]["error"]).split("\n")
+    if item["type"] == "extra_forbidden":
+        return [f"{place}: no such field"]
+    return [f"{place}: {item['msg'][0].lower()}{item['msg'][1:]}, got {item['input']!r}"]

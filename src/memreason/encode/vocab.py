@@ -1,0 +1,59 @@
+"""The scheme's tokens become rows: tokenizer entries, embeddings, their first values and checks."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from tokenizers import AddedToken
+
+from memreason.core.errors import ModelError
+from memreason.encode.scheme import Codec, TokenScheme, _without, text_fingerprint
+
+__all__ = ["add_rows", "add_tokens"]
+
+NOISE = 0.1  # of the spread of the word's rows: tokens of one block must differ, and still mean the word
+
+
+def add_tokens(scheme: TokenScheme, tokenizer: PreTrainedTokenizerBase) -> Codec:
+    """Add the scheme's tokens to the tokenizer (in place) and bind both.
+
+    Raises ModelError if the base tokenizer already has one of them: its text could then become a block.
+    """
+    known = [token for token in scheme.tokens if token in tokenizer.get_vocab()]
+    if known:
+        raise ModelError(f"the base tokenizer already holds {known}; choose other kinds")
+    fingerprint = text_fingerprint(_without(tokenizer, []))
+    # special=False and normalized=False: they survive skip_special_tokens and the normaliser (law 5).
+    tokenizer.add_tokens([AddedToken(token, special=False, normalized=False) for token in scheme.tokens])
+    return Codec(replace(scheme, tokenizer=fingerprint), tokenizer)
+
+
+def add_rows(model: PreTrainedModel, codec: Codec) -> None:
+    """Give the new tokens their rows, in place: the embedding grows if it must and never shrinks.
+
+    Rows take the ids that the tokenizer gave, which on padded vocabularies lie below the number of
+    rows. Each starts as the mean of the rows of its kind's word plus seeded noise (law 6).
+    """
+    ids = [i for block in codec.blocks.values() for i in block]
+    if not ids:
+        return
+    rows = model.get_input_embeddings().weight.shape[0]
+    if max(ids) >= rows:
+        model.resize_token_embeddings(max(ids) + 1, mean_resizing=False)
+    head = model.get_output_embeddings()
+    matrices = [model.get_input_embeddings().weight]
+    if head is not None and head.weight is not matrices[0]:
+        matrices.append(head.weight)
+    generator = torch.Generator().manual_seed(codec.scheme.noise_seed)
+    with torch.no_grad():
+        for name, block in codec.blocks.items():
+            word = codec.encode(" " + name)
+            noise = torch.randn(len(block), matrices[0].shape[1], generator=generator)
+            for matrix in matrices:
+                base = matrix[word].float().mean(dim=0).cpu()
+                spread = matrix[word].float().std().cpu()
+                matrix[block] = (base + NOISE * spread * noise).to(matrix)
+        if head is not None and getattr(head, "bias", None) is not None:
+            head.bias[ids] = 0.0  # the published code left random values here

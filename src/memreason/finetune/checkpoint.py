@@ -1,0 +1,104 @@
+"""Weights, tokenizer, scheme and recipe: written and read together."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from memreason.core.errors import CheckpointError
+from memreason.core.files import write_text
+from memreason.core.recipe import Recipe, load_recipe
+from memreason.encode.base import load_model, pick_dtype
+from memreason.encode.scheme import SCHEME_FILE, Codec, TokenScheme
+from memreason.encode.vocab import add_rows
+from memreason.finetune.methods import keep_head_bias
+
+__all__ = ["Checkpoint", "checkpoints_in", "load_checkpoint", "resolve", "save_checkpoint"]
+
+ADAPTER = "adapter_config.json"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A trained model ready to generate, with what it was trained as."""
+
+    folder: Path
+    model: nn.Module
+    codec: Codec
+    recipe: Recipe
+
+
+def save_checkpoint(folder: Path, model: Any, codec: Codec, recipe: Recipe) -> None:
+    """Write a checkpoint: adapters in safetensors without the embedding, or the whole model after full training."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if isinstance(model, PeftModel):
+        model.save_pretrained(folder, save_embedding_layers=False, safe_serialization=True)
+        (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
+    else:
+        model.save_pretrained(folder)
+    codec.tokenizer.save_pretrained(folder)
+    codec.scheme.save(folder)
+    write_text(folder / "recipe.yaml", recipe.to_yaml())
+
+
+def checkpoints_in(run: Path) -> list[Path]:
+    """Complete checkpoints of a run, oldest first. One is complete when its trainer state is there."""
+    found = [p for p in run.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name)]
+    return sorted((p for p in found if (p / "trainer_state.json").is_file()), key=lambda p: int(p.name.split("-")[1]))
+
+
+def resolve(path: Path | str) -> Path:
+    """A run means its best checkpoint; a checkpoint means itself. Raises CheckpointError otherwise."""
+    path = Path(path)
+    if not path.is_dir():
+        raise CheckpointError(f"{path}: no such run or checkpoint")
+    if (path / SCHEME_FILE).is_file() or (path / ADAPTER).is_file():
+        return path
+    manifest = path / "manifest.json"
+    if manifest.is_file():
+        best = json.loads(manifest.read_text(encoding="utf-8")).get("best")
+        if best and (path / best["checkpoint"]).is_dir():
+            return path / str(best["checkpoint"])
+    complete = checkpoints_in(path)
+    if not complete:
+        raise CheckpointError(f"{path}: holds no complete checkpoint. Train it first, or name a checkpoint-N folder.")
+    return complete[-1]
+
+
+def load_checkpoint(path: Path | str, *, base: str | None = None, **model_changes: Any) -> Checkpoint:
+    """Read a run or checkpoint. `base` and `model_changes` (dtype, quantize, offload) override its recipe.
+
+    Raises CheckpointError for a missing or foreign scheme and for a base model of another shape.
+    """
+    folder = resolve(path)
+    scheme = TokenScheme.load(folder)
+    recipe = load_recipe(folder / "recipe.yaml")
+    codec = Codec(scheme, AutoTokenizer.from_pretrained(folder))
+    settings = recipe.model.model_copy(update={k: v for k, v in model_changes.items() if v is not None})
+    if not (folder / ADAPTER).is_file():
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=pick_dtype(settings.dtype)).eval()
+        return Checkpoint(folder, model, codec, recipe)
+    source = base or settings.base
+    loaded = load_model(
+        source,
+        dtype=settings.dtype,
+        quantize=settings.quantize,
+        revision=settings.revision,
+        trust_remote_code=settings.trust_remote_code,
+        offload=settings.offload,
+    )
+    add_rows(loaded, codec)
+    try:
+        adapted = PeftModel.from_pretrained(loaded, str(folder)).eval()
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise CheckpointError(f"{folder}: does not fit the base model {source} ({reason})") from error
+    keep_head_bias(adapted)
+    return Checkpoint(folder, adapted, codec, recipe)

@@ -1,0 +1,146 @@
+"""Methods differ in one function: a base model with its rows becomes a trainable one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft import (
+    LoraConfig,
+    PeftModel,
+    PrefixTuningConfig,
+    PromptTuningConfig,
+    PromptTuningInit,
+    TrainableTokensConfig,
+    get_peft_model,
+    prepare_model_for_kbit_training,
+)
+from peft.tuners.trainable_tokens import TrainableTokensLayer
+from torch import nn
+from transformers import PreTrainedModel
+
+from memreason.core.errors import ModelError
+from memreason.core.recipe import MethodRecipe
+from memreason.encode.scheme import PREFIX, Codec
+
+__all__ = ["keep_head_bias", "merged_rows", "trainable"]
+
+LORA_MODULES = {
+    "mlp": ["gate_proj", "up_proj", "down_proj"],
+    "atten": ["q_proj", "k_proj", "v_proj", "o_proj"],
+    "all": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+}
+
+
+def trainable(model: PreTrainedModel, codec: Codec, method: MethodRecipe, *, checkpointing: bool = False) -> nn.Module:
+    """The model with what `method` trains set to require gradients, those parameters in fp32.
+
+    full: everything. lora: LoRA alone. prompt-tuning: the new rows alone (with blocks only at the
+    front: PEFT's virtual tokens). lora+prompt-tuning: both. prefix-tuning: virtual keys and values.
+    Raises ModelError if no layer of the model has a name that LoRA is to be put on.
+    """
+    if method.name == "full":
+        return model.float() if model.dtype == torch.float16 else model
+    if getattr(model, "is_quantized", False):
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=checkpointing)
+    try:
+        adapted = get_peft_model(model, CONFIGS[method.name](model, codec, method), autocast_adapter_dtype=True)
+    except ValueError as error:
+        raise ModelError(f"method {method.name}: {str(error).splitlines()[0]}") from error
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()  # AdamW on bf16 rows rounds its small steps away
+    keep_head_bias(adapted)
+    if checkpointing:
+        adapted.enable_input_require_grads()
+    return adapted
+
+
+def _row_indices(model: PreTrainedModel, codec: Codec) -> dict[str, list[int]]:
+    """{input layer: ids, output layer: ids}: a bare list would leave an untied head untrained."""
+    ids = [i for block in codec.blocks.values() for i in block]
+    names = {id(module): name.rsplit(".", 1)[-1] for name, module in model.named_modules()}
+    layers = [model.get_input_embeddings()]
+    head = model.get_output_embeddings()
+    if head is not None and head.weight is not layers[0].weight:
+        layers.append(head)
+    return {names[id(layer)]: ids for layer in layers}
+
+
+def _lora(model: PreTrainedModel, codec: Codec, method: MethodRecipe, *, rows: bool = False) -> Any:
+    modules = method.lora_module
+    return LoraConfig(
+        r=method.lora_r,
+        lora_alpha=method.lora_alpha,
+        lora_dropout=method.lora_dropout,
+        target_modules=list(LORA_MODULES[modules] if isinstance(modules, str) else modules),
+        trainable_token_indices=_row_indices(model, codec) if rows and codec.blocks else None,
+        task_type="CAUSAL_LM",
+    )
+
+
+def _rows(model: PreTrainedModel, codec: Codec, method: MethodRecipe) -> Any:
+    if not codec.blocks:
+        raise ModelError("method prompt-tuning trains planning tokens, but the recipe adds none (tokens.add)")
+    if codec.scheme.placement == "only_at_front":
+        return PromptTuningConfig(
+            task_type="CAUSAL_LM",
+            num_virtual_tokens=codec.scheme.n_prefix,
+            prompt_tuning_init=PromptTuningInit.TEXT,
+            prompt_tuning_init_text=PREFIX,
+            tokenizer_name_or_path=model.config._name_or_path,
+        )
+    layers = _row_indices(model, codec)
+    if len(layers) == 1:
+        return TrainableTokensConfig(
+            token_indices=next(iter(layers.values())), target_modules=list(layers), task_type="CAUSAL_LM"
+        )
+    # On an untied model one TrainableTokensConfig holds both layers: their ids are the same.
+    return TrainableTokensConfig(
+        token_indices=next(iter(layers.values())), target_modules=list(layers), task_type="CAUSAL_LM"
+    )
+
+
+def _prefix(model: PreTrainedModel, codec: Codec, method: MethodRecipe) -> Any:
+    return PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=max(1, codec.scheme.n_prefix))
+
+
+CONFIGS: dict[str, Any] = {
+    "lora": _lora,
+    "prompt-tuning": _rows,
+    "lora+prompt-tuning": lambda model, codec, method: _lora(model, codec, method, rows=True),
+    "prefix-tuning": _prefix,
+}
+
+
+def keep_head_bias(model: nn.Module) -> None:
+    """PEFT's row layer calls F.linear without the head's bias (Phi's logits move by 2.8): add it back."""
+    for module in model.modules():
+        if isinstance(module, TrainableTokensLayer):
+            bias = getattr(module.get_base_layer(), "bias", None)
+            if bias is not None:
+                module.register_forward_hook(
+                    lambda layer, _inputs, output: output if layer.merged else output + layer.get_base_layer().bias
+                )
+
+
+@contextmanager
+def merged_rows(model: nn.Module) -> Iterator[None]:
+    """Write trained rows into the matrices while generating: PEFT copies the whole embedding each forward.
+
+    Exact, also in bf16: the original rows are put back afterwards. LoRA stays unmerged.
+    """
+    layers = [m for m in model.modules() if isinstance(m, TrainableTokensLayer) and not m.merged]
+    for layer in layers:
+        layer.merge()
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.unmerge()
+
+
+def is_adapted(model: nn.Module) -> bool:
+    return isinstance(model, PeftModel)

@@ -1,0 +1,204 @@
+"""One Trainer run for every method."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from memreason.core.errors import RecipeError, StorageError
+from memreason.core.recipe import Recipe
+from memreason.encode.base import pick_dtype
+from memreason.encode.examples import Example, collate
+from memreason.encode.scheme import Codec
+from memreason.finetune.checkpoint import checkpoints_in, save_checkpoint
+
+__all__ = ["Evaluate", "train", "training_arguments"]
+
+Evaluate = Callable[[nn.Module], dict[str, float]]
+
+DEFAULTS: dict[str, Any] = {
+    "num_train_epochs": 1,
+    "per_device_train_batch_size": 16,
+    "learning_rate": 1e-3,
+    "lr_scheduler_type": "cosine",
+    "warmup_steps": 10,
+    "logging_steps": 5,
+    "eval_strategy": "epoch",
+    "save_strategy": "epoch",
+    "report_to": "none",
+    "train_sampling_strategy": "group_by_length",
+    "remove_unused_columns": False,
+}
+
+
+def training_arguments(recipe: Recipe) -> TrainingArguments:
+    """TrainingArguments of a recipe: our defaults, then its fields. Raises RecipeError for a bad value."""
+    values = {**DEFAULTS, **(recipe.train.model_extra or {}), "output_dir": str(recipe.folder), "seed": recipe.seed}
+    if not torch.cuda.is_available():
+        # fp16 needs a GPU; bf16 autocast is its counterpart here, if the CPU multiplies it at all.
+        half = values.pop("fp16", False) or values.pop("bf16", None)
+        wanted = half if half is not None else pick_dtype(recipe.model.dtype) == torch.bfloat16
+        values["bf16"] = bool(wanted)
+    elif "fp16" not in values and "bf16" not in values:
+        values["bf16"] = pick_dtype(recipe.model.dtype) == torch.bfloat16
+    try:
+        return TrainingArguments(**values)
+    except (ValueError, TypeError, ImportError) as error:
+        raise RecipeError(f"train: {str(error).splitlines()[0]}") from error
+
+
+class _TraceTrainer(Trainer):
+    """Trainer with logits at supervised positions only, atomic checkpoints, and accuracy as its metric."""
+
+    def __init__(self, *, codec: Codec, recipe: Recipe, answer: Evaluate | None, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self.codec, self.recipe, self.answer = codec, recipe, answer
+        self.model_accepts_loss_kwargs = True  # loss is summed over supervised tokens, divided once a step
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, torch.Tensor | Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        labels = inputs["labels"][:, 1:]
+        # The union of supervised columns: question columns need no logits over the vocabulary.
+        columns = (labels != -100).any(dim=0).nonzero().squeeze(-1)
+        virtual = getattr(getattr(model, "active_peft_config", None), "num_virtual_tokens", 0)
+        prompt = virtual if getattr(getattr(model, "active_peft_config", None), "peft_type", "") == "PROMPT_TUNING" else 0
+        outputs = model(
+            input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], logits_to_keep=columns + prompt
+        )
+        loss = nn.functional.cross_entropy(
+            outputs.logits.float().flatten(0, 1), labels[:, columns].flatten(), ignore_index=-100, reduction="sum"
+        )
+        loss = loss / (num_items_in_batch if num_items_in_batch is not None else (labels != -100).sum())
+        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
+            loss = loss * self.accelerator.num_processes
+        return (loss, outputs) if return_outputs else loss
+
+    def evaluate(self, *_args: Any, **_keywords: Any) -> dict[str, float]:
+        assert self.answer is not None
+        model = self.accelerator.unwrap_model(self.model)
+        training = model.training
+        metrics = self.answer(model)
+        model.train(training)
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        model = self.accelerator.unwrap_model(self.model)
+        save_checkpoint(Path(output_dir or str(self.args.output_dir)), model, self.codec, self.recipe)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Write aside, then rename: a kill never leaves half a checkpoint under its final name."""
+        final = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
+        if final.is_dir() and (final / "trainer_state.json").is_file():
+            return
+        aside = Path(str(self.args.output_dir)) / ".partial"
+        kept, self.args.output_dir = self.args.output_dir, str(aside)
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            if self.args.should_save:
+                shutil.rmtree(aside, ignore_errors=True)
+            self.accelerator.wait_for_everyone()
+            super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                shutil.rmtree(final, ignore_errors=True)
+                (aside / final.name).replace(final)
+                shutil.rmtree(aside, ignore_errors=True)
+        except OSError as error:
+            shutil.rmtree(aside, ignore_errors=True)
+            raise StorageError(
+                f"{final}: cannot be written ({error.strerror or error}). Earlier checkpoints are kept; "
+                "free space, then run the same command again to go on from the newest."
+            ) from error
+        finally:
+            self.args.output_dir, self.args.save_total_limit = kept, limit
+        if self.args.should_save and limit:
+            best = _best_step(self.state.log_history)
+            for old in [c for c in checkpoints_in(Path(kept)) if c.name != f"checkpoint-{best}"][:-limit]:
+                shutil.rmtree(old)
+        self.accelerator.wait_for_everyone()
+
+
+def _best_step(history: Sequence[dict[str, Any]]) -> int | None:
+    """The step of the highest eval_acc, the earliest of equals."""
+    scored = [(entry["eval_acc"], -entry["step"]) for entry in history if "eval_acc" in entry]
+    return -max(scored)[1] if scored else None
+
+
+class _StopCleanly(TrainerCallback):  # type: ignore[misc]
+    """The first Ctrl-C (or SIGTERM) ends after this step with a checkpoint; the second at once."""
+
+    stopped = False
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.previous = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
+
+    def _note(self, number: int, _frame: Any) -> None:
+        if self.stopped:
+            raise KeyboardInterrupt
+        self.stopped = True
+        print("\nStopping after this step; press Ctrl-C again to stop at once.", flush=True)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.stopped:
+            control.should_save = control.should_training_stop = True
+            control.should_evaluate = False
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.stopped:
+            control.should_evaluate = False
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+
+def train(
+    recipe: Recipe, model: nn.Module, codec: Codec, examples: Sequence[Example], evaluate: Evaluate | None = None
+) -> dict[str, Any]:
+    """Train `model` (see methods.trainable) and write checkpoints into the run folder, resuming if there are some.
+
+    Returns {"best": checkpoint name, "history": the Trainer's log, "metrics": speed and peak}. Raises
+    KeyboardInterrupt after a clean stop, StorageError if a checkpoint could not be written.
+    """
+    arguments = training_arguments(recipe)
+    if evaluate is None:
+        arguments.eval_strategy = arguments.eval_strategy.__class__("no")
+    pad = codec.tokenizer.pad_token_id if codec.tokenizer.pad_token_id is not None else codec.eos_id
+    stop = _StopCleanly()
+    trainer = _TraceTrainer(
+        model=model,
+        args=arguments,
+        codec=codec,
+        recipe=recipe,
+        answer=evaluate,
+        train_dataset=list(examples),
+        eval_dataset=[],
+        data_collator=partial(collate, pad_id=int(pad)),
+        callbacks=[stop],
+    )
+    earlier = checkpoints_in(recipe.folder)
+    done = trainer.train(resume_from_checkpoint=str(earlier[-1]) if earlier else None)
+    if stop.stopped:
+        raise KeyboardInterrupt
+    if trainer.args.should_save:
+        trainer.save_state()
+    step = _best_step(trainer.state.log_history)
+    complete = checkpoints_in(recipe.folder)
+    chosen = recipe.folder / f"checkpoint-{step}"
+    best = chosen.name if chosen in complete else (complete[-1].name if complete else None)
+    return {"best": best, "history": trainer.state.log_history, "metrics": done.metrics}
