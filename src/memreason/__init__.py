@@ -1,0 +1,44 @@
+"""memreason: fine-tune open LLMs so that every line of an answer says whether it is memory or reason."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+__version__ = "0.1.0"
+
+# name -> where it lives; imported when first used, so that `import memreason` stays light.
+_PUBLIC = {
+    "Checkpoint": "memreason.finetune.checkpoint",
+    "Codec": "memreason.encode.scheme",
+    "DataError": "memreason.core.errors",
+    "MemreasonError": "memreason.core.errors",
+    "Question": "memreason.core.trace",
+    "Recipe": "memreason.core.recipe",
+    "Score": "memreason.measure.score",
+    "Step": "memreason.core.trace",
+    "TokenScheme": "memreason.encode.scheme",
+    "Trace": "memreason.core.trace",
+    "add_rows": "memreason.encode.vocab",
+    "add_tokens": "memreason.encode.vocab",
+    "ask": "memreason.pipeline",
+    "evaluate": "memreason.pipeline",
+    "generate": "memreason.generate.engine",
+    "import_published": "memreason.data.published",
+    "load_checkpoint": "memreason.finetune.checkpoint",
+    "load_recipe": "memreason.core.recipe",
+    "make_atlas": "memreason.data.atlas",
+    "read_traces": "memreason.core.files",
+    "run": "memreason.pipeline",
+    "score": "memreason.measure.score",
+    "summarise": "memreason.measure.stats",
+    "train": "memreason.pipeline",
+    "write_traces": "memreason.core.files",
+}
+__all__ = sorted(_PUBLIC)  # noqa: PLE0605
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'memreason' has no attribute {name!r}")
+    return getattr(import_module(_PUBLIC[name]), name)

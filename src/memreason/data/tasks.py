@@ -1,0 +1,145 @@
+"""The table of tasks: where questions and traces come from, and how the published system prints them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from memreason.core.errors import DataError, TaskError
+from memreason.core.files import cache_dir, read_traces
+from memreason.core.recipe import DataRecipe
+from memreason.core.trace import Trace
+from memreason.data.atlas import make_atlas
+from memreason.data.mix import carve_validation, leak_guard, mix, subset
+from memreason.data.published import import_published
+from memreason.data.readers import read_hub
+
+__all__ = ["TASKS", "Splits", "Task", "load_eval", "load_splits"]
+
+PUBLISHED_FOLDER = Path("load_data/dataset_folder")
+
+
+@dataclass(frozen=True)
+class Task:
+    """One task. `published` names the labelled files of each split in the published folder layout."""
+
+    splits: tuple[str, ...]
+    about: str
+    published: dict[str, str]
+    question_template: str = "Question: {question}{choices}\n"
+    choice_template: str = " {letter}. {choice}"
+
+
+TASKS = {
+    "atlas": Task(("train", "validation", "test"), "real facts of countries, made by a rule; nothing to download", {}),
+    "strategyqa": Task(
+        ("train", "test"),
+        "true or false, several hops (ChilleD/StrategyQA)",
+        {"train": "StrategyQA_train_clean.json", "test": "StrategyQA_test_clean.json"},
+    ),
+    "commonsenseqa": Task(
+        ("train", "test"),
+        "five choices (tau/commonsense_qa)",
+        {"train": "commonsense_qa_train_clean_CC.json", "test": "commonsense_qa_test_clean_CC.json"},
+        "Question: {question}{choices}\n",
+        " {letter}.{choice}",
+    ),
+    "truthfulqa": Task(
+        ("train", "test"),
+        "several choices (truthfulqa/truthful_qa, mc1)",
+        {"train": "truthful_qa_train_clean_CC.json", "test": "truthful_qa_test_clean_CC.json"},
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Splits:
+    """What a training run reads, and what was left out of it."""
+
+    train: list[Trace]
+    validation: list[Trace]
+    leaked: list[Trace]
+    files: tuple[Path, ...] = ()
+
+
+def task_named(name: str) -> Task:
+    if name not in TASKS:
+        raise TaskError(f"unknown task {name!r}. Known: {', '.join(TASKS)}. For traces of your own, give --data FILE.jsonl.")
+    return TASKS[name]
+
+
+def imported_file(task: str, split: str) -> Path:
+    """Where `memreason data import` puts a split."""
+    return cache_dir() / "data" / task / f"{split}.jsonl"
+
+
+def load_eval(name: str, split: str, data: DataRecipe, n: int | None, seed: int = 0) -> list[Trace]:
+    """Questions of a split, drawn without replacement; `n` None means all (atlas: 300).
+
+    Raises TaskError for an unknown task or split, or for more questions than there are.
+    """
+    task = task_named(name)
+    if split not in task.splits:
+        raise TaskError(f"task {name} has no split {split!r}. It has: {', '.join(task.splits)}.")
+    if name == "atlas":
+        return make_atlas(split, n or 300, seed=data.seed, hops=data.hops, obscurity=data.obscurity)
+    traces = _stored(name, task, split)
+    if traces is None:
+        traces = read_hub(name, split)
+    return subset(traces, min(n, len(traces)), seed=seed) if n else traces
+
+
+def _stored(name: str, task: Task, split: str) -> list[Trace] | None:
+    """Traces that the user imported, else the published folder's, else None."""
+    imported = imported_file(name, split)
+    if imported.is_file():
+        return read_traces(imported)
+    published = PUBLISHED_FOLDER / task.published.get(split, "")
+    if published.is_file():
+        return import_published(published, name)[0]
+    return None
+
+
+def load_splits(data: DataRecipe, warn: Callable[[str], None] = print) -> Splits:
+    """Training and validation traces of a recipe, less every question that stands in the test split."""
+    files: tuple[Path, ...] = ()
+    if data.paths:
+        sources = [_path_and_weight(spec) for spec in data.paths]
+        files = tuple(path for path, _ in sources)
+        traces = mix([(read_traces(path), weight) for path, weight in sources], seed=data.seed)
+    elif data.task == "atlas":
+        train = make_atlas("train", data.n_train or 2000, seed=data.seed, hops=data.hops, obscurity=data.obscurity)
+        held = make_atlas("validation", 100, seed=data.seed, hops=data.hops, obscurity=data.obscurity)
+        return Splits(train, held, [])
+    else:
+        stored = _stored(data.task, task_named(data.task), "train")
+        if stored is None:
+            raise DataError(
+                f"task {data.task} has questions but no labelled traces here. Import some (memreason data import FILE "
+                f"--task {data.task} --split train) or give --data FILE.jsonl."
+            )
+        traces = stored
+    unlabelled = [trace for trace in traces if not trace.steps]
+    if unlabelled:
+        warn(f"left out {len(unlabelled)} traces without steps")
+        traces = [trace for trace in traces if trace.steps]
+    leaked: list[Trace] = []
+    if data.task != "atlas" and (held_out := _stored(data.task, task_named(data.task), "test")):
+        traces, leaked = leak_guard(traces, held_out)
+        if leaked:
+            warn(f"left out {len(leaked)} training questions that stand in the test split, e.g. {leaked[0].question.text!r}")
+    if data.n_train:
+        traces = subset(traces, min(data.n_train, len(traces)), seed=data.seed)
+    train, validation = carve_validation(traces, data.validation, seed=data.seed) if data.validation else (traces, [])
+    if not train:
+        raise DataError(f"no training traces are left of {data.paths or data.task}")
+    return Splits(train, validation, leaked, files)
+
+
+def _path_and_weight(spec: str) -> tuple[Path, float]:
+    path, _, weight = spec.rpartition(":")
+    try:
+        return (Path(path), float(weight)) if path else (Path(spec), 1.0)
+    except ValueError:
+        return Path(spec), 1.0

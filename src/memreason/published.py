@@ -1,0 +1,198 @@
+"""The published argument lists of train.py and eval.py, flag by flag: one table to recipe fields."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from memreason.core.errors import RecipeError
+from memreason.core.recipe import training_argument_types
+
+__all__ = ["is_published", "translate"]
+
+LATER = {
+    "step types": "clustered step types come with `memreason step-types`",
+    "sparse": "sparse attention comes with the planning-token family",
+    "calculator": "the calculator comes with the planning-token family",
+    "k-shot": "k-shot demonstrations come with the planning-token family",
+    "placement": "this placement comes with the planning-token family",
+    "hard": "hard prompts come with the planning-token family",
+    "tasks": "the arithmetic and plain-fact tasks come with the planning-token family",
+}
+DATASETS = {
+    "stratgeqa_agent": "strategyqa",
+    "strategyqa_agent": "strategyqa",
+    "commonsenseqa_agent": "commonsenseqa",
+    "truthfulqa_agent": "truthfulqa",
+    "truthfulqa_agent_crossdomain": "truthfulqa",
+}
+METHODS = {"none": "full", **{name: name for name in ("lora", "prompt-tuning", "lora+prompt-tuning", "prefix-tuning")}}
+
+
+def _bool(value: str) -> bool:
+    known = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+    if value.lower() not in known:
+        raise ValueError(f"True or False is needed, got {value!r}")
+    return known[value.lower()]
+
+
+def _choice(table: dict[str, Any]) -> Callable[[str], Any]:
+    def read(value: str) -> Any:
+        if value not in table:
+            raise ValueError(f"one of {', '.join(table)} is needed, got {value!r}")
+        return table[value]
+
+    return read
+
+
+def _off(later: str) -> Callable[[str], Any]:
+    """A switch that may be off now, and is refused when on."""
+
+    def read(value: str) -> None:
+        if _bool(value):
+            raise ValueError(f"not yet: {LATER[later]}")
+
+    return read
+
+
+def _dataset(value: str) -> str:
+    if value in ("gsm8k", "math", "aqua", "svamp", "qa"):
+        raise ValueError(f"{value} not yet: {LATER['tasks']}")
+    return str(_choice(DATASETS)(value))
+
+
+def _step_type(value: str) -> Any:
+    if value in ("none", "memory"):
+        return ["reason", "memory"] if value == "memory" else []
+    if value in ("+-*/", "vae", "vae-next-step", "vae-contrastive", "tf-idf", "k-means", "balanced-k-means"):
+        raise ValueError(f"{value} not yet: {LATER['step types']}")
+    raise ValueError(f"{value!r} does nothing in the published code; use none or memory")
+
+
+def _nothing(value: str) -> None:
+    return None
+
+
+def _if(result: Any) -> Callable[[str], Any]:
+    return lambda value: result if _bool(value) else None
+
+
+# flag -> (recipe field, how its value is read). None as a value leaves the recipe's default; "" as a
+# field is a flag without an effect here (its reason stands behind it).
+FLAGS: dict[str, tuple[str, Callable[[str], Any]]] = {
+    "dataset": ("data.task", _dataset),
+    "model_name_or_path": ("model.base", str),
+    "hf_hub_token": ("env.HF_TOKEN", str),
+    "add_soft_prompts": ("tokens.add", _bool),
+    "add_hard_prompts": ("", _off("hard")),
+    "parameter_efficient_mode": ("method.name", _choice(METHODS)),
+    "num_general_prefix_tokens": ("tokens.n_prefix", int),
+    "num_special_prefix_tokens": ("tokens.n_special", int),
+    "extract_step_type_tokens": ("tokens.kinds", _step_type),
+    "num_plan_types": ("", int),  # clusters; kinds that are labelled need no number
+    "embedding_model_name": ("", _nothing),  # model that is clustered; nothing is clustered here
+    "only_at_front": ("tokens.placement", _if("only_at_front")),
+    "plan_first": ("", _off("placement")),
+    "plan_only": ("", _off("placement")),
+    "use_sparse_attention": ("", _off("sparse")),
+    "use_calculator": ("", _off("calculator")),
+    "use_demonstrations": ("", _off("k-shot")),
+    "k_shot": ("", int),  # counts only with use_demonstrations
+    "demo_selection": ("", _nothing),
+    "candidate_size": ("", int),
+    "decoding_scheme": ("eval.decoding", _choice({"greedy": "greedy", "model-default": "model-default"})),
+    "prompt_template": ("tokens.template", _choice({"none": "plain", "alpaca": "alpaca"})),
+    "mode": ("train.mode", _choice({"supervised": "supervised", "constant_len": "constant_len"})),
+    "lora_module": ("method.lora_module", _choice({"mlp": "mlp", "atten": "atten"})),
+    "int8_training": ("model.quantize", _if("8bit")),
+    "load_in_8bit": ("model.quantize", _if("8bit")),
+    "load_in_16fp": ("model.dtype", _if("fp16")),
+    "load_in_32fp": ("model.dtype", _if("fp32")),
+    "enable_cpu_offload": ("model.offload", _bool),
+    "random_initialize": ("model.random_initialize", _bool),
+    "model_max_length": ("train.model_max_length", int),
+    "num_test": ("eval.n", int),
+    "batch_size": ("eval.batch_size", int),
+    "max_length": ("eval.max_length", int),
+    "output_dir": ("output_dir", str),
+    "seed": ("seed", int),
+    "save_result": ("", _bool),  # results are always saved
+    "cache_dir": ("env.HF_HUB_CACHE", str),
+    "resume": ("", _bool),  # a run always resumes
+    "evaluation_strategy": ("train.eval_strategy", str),
+}
+# What the published defaults are where ours differ (REFERENCE.md's "values, default").
+PUBLISHED_DEFAULTS = {
+    "tokens.n_prefix": 3,
+    "tokens.n_special": 3,
+    "tokens.add": False,
+    "method.name": "full",
+    "method.lora_module": "mlp",
+    "train.select_on": "test",
+    "train.lr_scheduler_type": "linear",
+    "train.learning_rate": 5e-5,
+    "train.num_train_epochs": 3,
+    "train.per_device_train_batch_size": 8,
+    "train.warmup_steps": 0,
+    "train.train_sampling_strategy": "random",
+    "data.validation": 0.0,
+}
+MARKS = ("dataset", "model_name_or_path")
+
+
+def is_published(arguments: Sequence[str]) -> bool:
+    """Whether an argument list is of the published kind: it names its model or data set by their flags."""
+    return any(argument.split("=")[0] == f"--{mark}" for argument in arguments for mark in MARKS)
+
+
+def pairs(arguments: Sequence[str]) -> list[tuple[str, str]]:
+    """[--a, 1, --b=2, --c] -> [(a, 1), (b, 2), (c, True)]. Raises RecipeError for a bare word."""
+    found: list[tuple[str, str]] = []
+    rest = [argument for argument in arguments if argument.strip()]
+    while rest:
+        flag = rest.pop(0)
+        if not flag.startswith("--"):
+            raise RecipeError(f"{flag!r}: a flag such as --train.learning_rate is needed here", "command line")
+        name, equals, value = flag[2:].partition("=")
+        if not equals:
+            value = rest.pop(0) if rest and not rest[0].startswith("--") else "True"
+        found.append((name, value))
+    return found
+
+
+def translate(arguments: Sequence[str], *, train: bool) -> tuple[list[tuple[str, Any]], dict[str, str]]:
+    """Published flags to (recipe overrides, environment variables); every mistake at once.
+
+    Raises RecipeError with a sentence for each flag that is unknown, wrong, or comes later.
+    """
+    overrides: dict[str, Any] = dict(PUBLISHED_DEFAULTS) if train else {}
+    environment: dict[str, str] = {}
+    problems: list[str] = []
+    for name, value in pairs(arguments):
+        if name == "base_model_name_or_path" and not train:
+            continue
+        if name not in FLAGS and name not in training_argument_types():
+            problems.append(f"--{name}: no such flag, neither a published one nor of TrainingArguments")
+            continue
+        field, read = FLAGS.get(name, (f"train.{name}", str))
+        try:
+            result = read(value)
+        except ValueError as error:
+            problems.append(f"--{name}: {error}")
+            continue
+        if field.startswith("env."):
+            environment[field[4:]] = str(result)
+        elif field and result is not None and result != []:
+            overrides[field] = result
+    if train and "eval.n" in overrides:
+        overrides["train.n_select"] = overrides["eval.n"]
+    if problems:
+        raise RecipeError(problems, "command line")
+    return list(overrides.items()), environment
+
+
+def apply_environment(environment: dict[str, str]) -> None:
+    """Tokens go to the environment of this process only; never to a file."""
+    os.environ.update({name: str(Path(v).resolve()) if name == "HF_HUB_CACHE" else v for name, v in environment.items()})
