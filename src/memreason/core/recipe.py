@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import re
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -182,7 +183,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise RecipeError(f"no such file, and no shipped recipe of that name ({', '.join(shipped())})", str(path))
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except UnicodeDecodeError as error:
         raise RecipeError(f"not UTF-8 at byte {error.start}", str(path)) from error
     except yaml.YAMLError as error:
@@ -192,13 +193,29 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return values
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2's booleans and floats: in 1.1 `no` is False (`save_strategy: no`) and `1e-3` is a text."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in pairs if not tag.endswith((":bool", ":float"))]
+    for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"(true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?(\.\d+|\d+\.\d*)([eE][-+]?\d+)?$|[-+]?\d+[eE][-+]?\d+$|[-+]?\.(inf|nan)$"),
+    list("-+0123456789."),
+)
+
+
 def _number(value: Any) -> Any:
-    """A flag's text as YAML would read it, and `1e-3`, which YAML 1.1 takes for a text."""
+    """A flag's text as a recipe file would read it."""
     if not isinstance(value, str):
         return value
     try:
-        return float(value) if "e" in value.lower() and value[:1] in "0123456789.-+" else yaml.safe_load(value)
-    except (ValueError, yaml.YAMLError):
+        return yaml.load(value, _Loader)
+    except yaml.YAMLError:
         return value
 
 

@@ -126,9 +126,7 @@ def import_published(
     return list(traces.values()), report
 
 
-def _read_row(
-    row: Any, number: int, task: str, unknown: str, labelled: bool, report: ImportReport
-) -> Trace | None:
+def _read_row(row: Any, number: int, task: str, unknown: str, labelled: bool, report: ImportReport) -> Trace | None:
     """One object of the file as a trace; None if it was rejected, with the reason in the report."""
     problem = _row_problem(row)
     if problem:
@@ -169,7 +167,7 @@ def _row_problem(row: Any) -> str | None:
 
 def _answer(row: Mapping[str, Any]) -> str:
     answer = row.get("answer")
-    text = str(answer).strip() if isinstance(answer, str | bool) else ""
+    text = str(answer).strip() if isinstance(answer, str | bool | int | float) else ""
     return ANSWERS.get(text.lower(), text.upper() if len(text) == 1 else text)
 
 
@@ -177,7 +175,7 @@ def _question(row: Mapping[str, Any], task: str) -> Question | None:
     """The question with its choices split out where the answer is a letter; None if that fails."""
     text, answer = row["question"].strip(), _answer(row)
     split = str(row.get("split") or "")
-    if answer not in LETTERS:
+    if len(answer) != 1 or answer not in LETTERS:
         return Question(_bare_question(text), answer, task, split)
     parts = split_choices(text, answer)
     return parts and Question(parts[0], answer, task, split, choices=parts[1])
@@ -228,7 +226,7 @@ def _best_run(weighed: list[tuple[re.Match[str], int]]) -> list[re.Match[str]]:
     for marker, weight in weighed:
         letter = marker[1]
         before = best.get(LETTERS[LETTERS.index(letter) - 1]) if letter != "A" else (0, [])
-        if before is None or not marker.group().strip():
+        if before is None:
             continue
         run = (before[0] + weight, [*before[1], marker])
         if letter not in best or run[0] > best[letter][0]:
@@ -258,18 +256,17 @@ def split_label(raw: str) -> tuple[str, str | None, str]:
     first = BRACKETED.match(raw) or BARE.match(raw)
     if first is None:
         return NO_LABEL, None, raw.strip()
-    labels, end, kinds = [first[1]], first.end(), {label_kind(first[1])}
+    end, kinds = first.end(), {label_kind(first[1])}
     while True:
         joint = JOINT.match(raw, end)
         more = BRACKETED.match(raw, joint.end() if joint else end)
         # A bracket further on is a label only if it says so exactly: "said [a] man" and "[1, 5]" are text.
         if more is None or label_kind(more[1], typos=False) is None:
             break
-        labels.append(more[1])
         kinds.add(label_kind(more[1]))
         end = more.end()
     kind = kinds.pop() if len(kinds) == 1 else None
-    return " ".join(f"[{label}]" for label in labels), kind, raw[end:].strip()
+    return raw[:end].strip().rstrip(":* "), kind, raw[end:].strip()
 
 
 def label_kind(label: str, *, typos: bool = True) -> str | None:

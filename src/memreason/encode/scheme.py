@@ -102,6 +102,14 @@ def _without(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]) -> Token
     state = json.loads(backend.to_str())
     state["added_tokens"] = [entry for entry in state["added_tokens"] if entry["content"] not in set(tokens)]
     state["truncation"] = state["padding"] = None
+    vocabulary = state["model"]["vocab"]
+    if isinstance(vocabulary, list):
+        # A Unigram model holds its control tokens as pieces too and would match them in a text:
+        # give those pieces a name that no text has.
+        control = {entry["content"] for entry in state["added_tokens"] if entry["special"]}
+        state["model"]["vocab"] = [[f"\0{piece}" if piece in control else piece, score] for piece, score in vocabulary]
+        state["added_tokens"] = [entry for entry in state["added_tokens"] if entry["content"] not in control]
+        state["post_processor"] = None
     bare = Tokenizer.from_str(json.dumps(state))
     bare.encode_special_tokens = True
     return bare

@@ -47,6 +47,7 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
         half = values.pop("fp16", False) or values.pop("bf16", None)
         wanted = half if half is not None else pick_dtype(recipe.model.dtype) == torch.bfloat16
         values["bf16"] = bool(wanted)
+        values["use_cpu"] = not torch.accelerator.is_available()
     elif "fp16" not in values and "bf16" not in values:
         values["bf16"] = pick_dtype(recipe.model.dtype) == torch.bfloat16
     try:
