@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from conftest import FAMILIES, byte_level, tiny_model
 
+from conftest import FAMILIES, byte_level, tiny_model
 from memreason.core.errors import CheckpointError, DataError, ModelError
 from memreason.core.trace import Question, Step, Trace
 from memreason.encode.examples import collate, encode_trace, encode_traces, pack_stream

@@ -127,8 +127,8 @@ def _eval(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
     outside = [key for key, _ in overrides if not key.startswith("eval.")]
     if outside:
         raise RecipeError([f"--{key}: only eval.* fields can be changed here" for key in outside], "eval")
-    values = [(f"eval.{k}", v) for k, v in loaded.recipe.eval.model_dump().items()]
-    settings = load_recipe(None, [*values, *overrides]).eval
+    trained = [(f"eval.{k}", v) for k, v in loaded.recipe.eval.model_dump().items()]
+    settings = load_recipe(None, [*trained, *overrides]).eval
     results = pipeline.evaluate(path, settings=settings, base=base, checkpoint=loaded, **changes)
     if arguments.show:
         pipeline.show_samples(results, arguments.show)
@@ -156,7 +156,10 @@ def _data(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
     if arguments.action == "list":
         for name, task in tasks.TASKS.items():
             stored = [split for split in task.splits if tasks.imported_file(name, split).is_file()]
-            print(f"{name:14} {task.about}; splits {', '.join(task.splits)}" + (f"; imported {', '.join(stored)}" * bool(stored)))
+            print(
+                f"{name:14} {task.about}; splits {', '.join(task.splits)}"
+                + (f"; imported {', '.join(stored)}" * bool(stored))
+            )
     elif arguments.action == "show":
         from memreason.core.files import read_traces
         from memreason.core.recipe import DataRecipe
@@ -204,7 +207,9 @@ def _models(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
     if arguments.name not in BUILT_IN:
         from memreason.core.errors import ModelError
 
-        raise ModelError(f"{arguments.name}: not a built-in model ({', '.join(BUILT_IN)}); hub models are fetched when used")
+        raise ModelError(
+            f"{arguments.name}: not a built-in model ({', '.join(BUILT_IN)}); hub models are fetched when used"
+        )
     print(pull(arguments.name))
 
 
@@ -248,7 +253,11 @@ def _protect(words: list[str]) -> list[str]:
         word = words[position]
         following = words[position + 1] if position + 1 < len(words) else "--"
         value = word.startswith("--") and "=" not in word and not following.startswith("--")
-        if value and ("." in word or (published and word not in ("--data",)) or "_" in word) and (published or word not in own):
+        if (
+            value
+            and ("." in word or (published and word not in ("--data",)) or "_" in word)
+            and (published or word not in own)
+        ):
             joined.append(f"{word}={following}")
             position += 2
         else:

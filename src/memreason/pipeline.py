@@ -37,11 +37,23 @@ from memreason.generate.engine import generate
 from memreason.measure.score import score_trace
 from memreason.measure.stats import summarise
 
-__all__ = ["answer_questions", "ask", "dry_run", "evaluate", "make_codec", "print_trace", "results_table", "run", "train"]
+__all__ = [
+    "answer_questions",
+    "ask",
+    "dry_run",
+    "evaluate",
+    "make_codec",
+    "print_trace",
+    "results_table",
+    "run",
+    "train",
+]
 
 console = Console()
 COLOURS = {"memory": "cyan", "reason": "yellow"}
-ALPACA = "Below is a question. Write a response that answers it.\n\n### Instruction:\n{question}{choices}\n\n### Response:\n"
+ALPACA = (
+    "Below is a question. Write a response that answers it.\n\n### Instruction:\n{question}{choices}\n\n### Response:\n"
+)
 
 
 def scheme_of(recipe: Recipe) -> TokenScheme:
@@ -181,7 +193,11 @@ def _selector(recipe: Recipe, codec: Codec, splits: Splits) -> Callable[[nn.Modu
     def judge(model: nn.Module) -> dict[str, float]:
         traces = answer_questions(model, codec, [trace.question for trace in held], settings, label="selecting")
         found = summarise([(trace, score_trace(trace)) for trace in traces])
-        return {"eval_acc": found["accuracy"], "eval_no_answer": found["no_answer"], "eval_well_formed": found["well_formed"]}
+        return {
+            "eval_acc": found["accuracy"],
+            "eval_no_answer": found["no_answer"],
+            "eval_well_formed": found["well_formed"],
+        }
 
     return judge
 
@@ -223,7 +239,10 @@ def answer_questions(
     lines = done + (gather_object(fresh) if state.num_processes > 1 else fresh)
     once = {(line["id"], line["meta"]["sample"]): line for line in lines}
     order = {question.id: number for number, question in enumerate(questions)}
-    kept = sorted((line for line in once.values() if line["id"] in order), key=lambda line: (order[line["id"]], line["meta"]["sample"]))
+    kept = sorted(
+        (line for line in once.values() if line["id"] in order),
+        key=lambda line: (order[line["id"]], line["meta"]["sample"]),
+    )
     return [Trace.from_json(line) for line in kept]
 
 
@@ -264,7 +283,12 @@ def evaluate(
         loaded.model.to(PartialState().device)
     start = time.monotonic()
     traces = answer_questions(
-        loaded.model, loaded.codec, [trace.question for trace in gold], settings, label=f"{task}/{settings.split}", folder=folder
+        loaded.model,
+        loaded.codec,
+        [trace.question for trace in gold],
+        settings,
+        label=f"{task}/{settings.split}",
+        folder=folder,
     )
     scored = [(trace, score_trace(trace)) for trace in traces]
     lengths = [len(line["ids"]) for _, line in _samples(folder)] if PartialState().is_main_process else []
@@ -317,8 +341,14 @@ def dry_run(recipe: Recipe) -> None:
     for trace in splits.train[:3]:
         console.print(coloured_mask(codec, encode_trace(codec, trace)), "")
     arguments = training_arguments(recipe)
-    per_step = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * PartialState().num_processes
-    steps = arguments.max_steps if arguments.max_steps > 0 else int(-(-len(examples.rows) // per_step) * arguments.num_train_epochs)
+    per_step = (
+        arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * PartialState().num_processes
+    )
+    steps = (
+        arguments.max_steps
+        if arguments.max_steps > 0
+        else int(-(-len(examples.rows) // per_step) * arguments.num_train_epochs)
+    )
     model = trainable(_base(recipe, codec), codec, recipe.method)
     sizes = [(p.numel(), p.element_size(), p.requires_grad) for p in model.parameters()]
     trained = sum(count for count, _, grad in sizes if grad)

@@ -195,4 +195,6 @@ def translate(arguments: Sequence[str], *, train: bool) -> tuple[list[tuple[str,
 
 def apply_environment(environment: dict[str, str]) -> None:
     """Tokens go to the environment of this process only; never to a file."""
-    os.environ.update({name: str(Path(v).resolve()) if name == "HF_HUB_CACHE" else v for name, v in environment.items()})
+    os.environ.update(
+        {name: str(Path(v).resolve()) if name == "HF_HUB_CACHE" else v for name, v in environment.items()}
+    )

@@ -1,12 +1,12 @@
 """The exception tree. `raise` is for what a user can cause, `assert` for what only we can.
 
-    MemreasonError
-    ├── RecipeError        a recipe or a flag: every mistake in it, at once
-    ├── DataError          a file of questions or traces: file, line, value, remedy
-    ├── TaskError          an unknown task, a split or a size that a task does not have
-    ├── ModelError         a base model that cannot be found, read or used this way
-    ├── CheckpointError    a checkpoint that is incomplete, foreign or does not fit
-    └── StorageError       a file that cannot be written (full disk, permissions)
+MemreasonError
+├── RecipeError        a recipe or a flag: every mistake in it, at once
+├── DataError          a file of questions or traces: file, line, value, remedy
+├── TaskError          an unknown task, a split or a size that a task does not have
+├── ModelError         a base model that cannot be found, read or used this way
+├── CheckpointError    a checkpoint that is incomplete, foreign or does not fit
+└── StorageError       a file that cannot be written (full disk, permissions)
 """
 
 from __future__ import annotations

@@ -109,7 +109,9 @@ def read_jsonl(path: Path | str, *, torn_tail: bool = False) -> Iterator[tuple[i
         except json.JSONDecodeError as error:
             if torn_tail and number == len(lines):
                 return
-            raise DataError(f"{path}:{number}: not JSON ({error.msg} at column {error.colno}): {line[:80]!r}") from error
+            raise DataError(
+                f"{path}:{number}: not JSON ({error.msg} at column {error.colno}): {line[:80]!r}"
+            ) from error
 
 
 def append_jsonl(path: Path | str, objects: Iterable[Mapping[str, Any]]) -> None:

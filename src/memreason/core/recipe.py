@@ -15,9 +15,38 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError,
 
 from memreason.core.errors import RecipeError
 
-__all__ = ["DataRecipe", "EvalRecipe", "MethodRecipe", "ModelRecipe", "Recipe", "TokensRecipe", "TrainRecipe", "load_recipe", "shipped"]
+__all__ = [
+    "DataRecipe",
+    "EvalRecipe",
+    "MethodRecipe",
+    "ModelRecipe",
+    "Recipe",
+    "TokensRecipe",
+    "TrainRecipe",
+    "load_recipe",
+    "shipped",
+]
 
 METHODS = ("full", "lora", "prompt-tuning", "lora+prompt-tuning", "prefix-tuning")
+
+
+@cache
+def training_argument_types() -> dict[str, Any]:
+    """TrainingArguments' fields and types, read from its source: importing it would import torch."""
+    spec = importlib.util.find_spec("transformers")
+    if spec is None or not spec.submodule_search_locations:
+        raise RecipeError("transformers is not installed", "environment")
+    tree = ast.parse((Path(spec.submodule_search_locations[0]) / "training_args.py").read_text(encoding="utf-8"))
+    body = next(node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "TrainingArguments")
+    plain: dict[str, Any] = {"int": int, "float": float, "bool": bool, "str": str}
+    types = {}
+    for node in body:
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            parts = ast.unparse(node.annotation).split(" | ")
+            simple = all(part in (*plain, "None") for part in parts)
+            kind: Any = plain.get(parts[0], Any) if simple else Any
+            types[node.target.id] = kind | None if simple and "None" in parts and len(parts) == 2 else kind
+    return types
 
 
 class Stage(BaseModel):
@@ -28,7 +57,9 @@ class DataRecipe(Stage):
     task: str = Field("atlas", description="task whose questions are trained on and evaluated")
     paths: list[str] = Field([], description="own trace files, PATH or PATH:WEIGHT, instead of the task's")
     n_train: int | None = Field(None, ge=1, description="training traces (None: all; atlas: 2000)")
-    validation: float = Field(0.1, ge=0, lt=1, description="share of the training traces held out where a task has no validation split")
+    validation: float = Field(
+        0.1, ge=0, lt=1, description="share of the training traces held out where a task has no validation split"
+    )
     hops: list[int] | None = Field(None, description="atlas: how many lines must be combined")
     obscurity: tuple[float, float] | None = Field(None, description="atlas: range of population rank, 0 to 1")
     seed: int = Field(0, description="which questions are drawn")
@@ -110,12 +141,12 @@ class Recipe(Stage):
     name: str = Field("run", description="names the run folder", pattern=r"^[\w.=+-]+$")
     seed: int = Field(0, description="of training")
     output_dir: str | None = Field(None, description="run folder (None: runs/NAME)")
-    data: DataRecipe = Field(default_factory=DataRecipe)
-    model: ModelRecipe = Field(default_factory=ModelRecipe)
-    tokens: TokensRecipe = Field(default_factory=TokensRecipe)
-    method: MethodRecipe = Field(default_factory=MethodRecipe)
-    train: TrainRecipe = Field(default_factory=TrainRecipe)
-    eval: EvalRecipe = Field(default_factory=EvalRecipe)
+    data: DataRecipe = DataRecipe()
+    model: ModelRecipe = ModelRecipe()
+    tokens: TokensRecipe = TokensRecipe()
+    method: MethodRecipe = MethodRecipe()
+    train: TrainRecipe = TrainRecipe()
+    eval: EvalRecipe = EvalRecipe()
 
     @property
     def folder(self) -> Path:
@@ -131,25 +162,6 @@ class Recipe(Stage):
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-
-
-@cache
-def training_argument_types() -> dict[str, Any]:
-    """TrainingArguments' fields and types, read from its source: importing it would import torch."""
-    spec = importlib.util.find_spec("transformers")
-    if spec is None or not spec.submodule_search_locations:
-        raise RecipeError("transformers is not installed", "environment")
-    tree = ast.parse((Path(spec.submodule_search_locations[0]) / "training_args.py").read_text(encoding="utf-8"))
-    body = next(node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "TrainingArguments")
-    plain: dict[str, Any] = {"int": int, "float": float, "bool": bool, "str": str}
-    types = {}
-    for node in body:
-        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
-            parts = ast.unparse(node.annotation).split(" | ")
-            simple = all(part in (*plain, "None") for part in parts)
-            kind: Any = plain.get(parts[0], Any) if simple else Any
-            types[node.target.id] = kind | None if simple and "None" in parts and len(parts) == 2 else kind
-    return types
 
 
 def shipped() -> dict[str, Path]:
@@ -201,7 +213,9 @@ _Loader.yaml_implicit_resolvers = {
     first: [(tag, pattern) for tag, pattern in pairs if not tag.endswith((":bool", ":float"))]
     for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
-_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"(true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile(r"(true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(r"[-+]?(\.\d+|\d+\.\d*)([eE][-+]?\d+)?$|[-+]?\d+[eE][-+]?\d+$|[-+]?\.(inf|nan)$"),

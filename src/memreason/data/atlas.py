@@ -95,9 +95,7 @@ def _capital_choice(r: random.Random, pool: _Pool, slot: int) -> _Draft | None:
 def _continent_choice(r: random.Random, pool: _Pool, slot: int) -> _Draft:
     a = r.choice(pool.fixed)
     others = r.sample([name for name in CONTINENTS.values() if name != a.continent], 3)
-    return _choice(
-        f"Where does {a.name} lie?", [a.continent, *others], a.continent, slot % 4, [_continent(a)], [a]
-    )
+    return _choice(f"Where does {a.name} lie?", [a.continent, *others], a.continent, slot % 4, [_continent(a)], [a])
 
 
 def _same_continent(r: random.Random, pool: _Pool, slot: int) -> _Draft | None:
@@ -235,17 +233,23 @@ def make_atlas(
     """
     unknown = [form for form in forms or () if form not in FORMS]
     if split not in ("train", "validation", "test") or unknown:
-        raise TaskError(f"atlas has no {f'form {unknown[0]!r}' if unknown else f'split {split!r}'}. Forms: {', '.join(FORMS)}.")
+        raise TaskError(
+            f"atlas has no {f'form {unknown[0]!r}' if unknown else f'split {split!r}'}. Forms: {', '.join(FORMS)}."
+        )
     pool = _pool(split, obscurity)
     wanted = [form for form in forms or FORMS if not hops or FORMS[form][1] in hops]
     if len(pool.fixed) < 4 or not wanted:
-        raise TaskError(f"atlas/{split}: hops {hops} and obscurity {obscurity} leave {len(pool.all)} countries, {len(wanted)} forms")
+        raise TaskError(
+            f"atlas/{split}: hops {hops} and obscurity {obscurity} leave {len(pool.all)} countries, {len(wanted)} forms"
+        )
     draws = random.Random(f"{split}-{seed}")
     traces: dict[str, Trace] = {}
     counts = dict.fromkeys(wanted, 0)
     while len(traces) < n:
         if not counts:
-            raise TaskError(f"atlas/{split} holds only about {len(traces)} questions of these forms, {n} were asked for")
+            raise TaskError(
+                f"atlas/{split} holds only about {len(traces)} questions of these forms, {n} were asked for"
+            )
         form = min(counts, key=lambda name: counts[name])
         trace = _new(form, pool, split, counts[form], draws, traces)
         if trace is None:

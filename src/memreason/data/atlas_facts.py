@@ -112,7 +112,9 @@ def split_of() -> dict[str, str]:
         place += len(family)
     single = [family[0] for family in families if len(family) == 1]
     for _ in range(20_000):
-        counts = {split: len(borders([n for n in assigned if assigned[n] == split])) for split in ("validation", "test")}
+        counts = {
+            split: len(borders([n for n in assigned if assigned[n] == split])) for split in ("validation", "test")
+        }
         short = min(counts, key=lambda split: counts[split])
         if counts[short] >= BORDERING_PAIRS:
             return assigned

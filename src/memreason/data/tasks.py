@@ -65,7 +65,9 @@ class Splits:
 
 def task_named(name: str) -> Task:
     if name not in TASKS:
-        raise TaskError(f"unknown task {name!r}. Known: {', '.join(TASKS)}. For traces of your own, give --data FILE.jsonl.")
+        raise TaskError(
+            f"unknown task {name!r}. Known: {', '.join(TASKS)}. For traces of your own, give --data FILE.jsonl."
+        )
     return TASKS[name]
 
 
@@ -128,7 +130,7 @@ def load_splits(data: DataRecipe, warn: Callable[[str], None] = print) -> Splits
     if data.task != "atlas" and (held_out := _stored(data.task, task_named(data.task), "test")):
         traces, leaked = leak_guard(traces, held_out)
         if leaked:
-            warn(f"left out {len(leaked)} training questions that stand in the test split, e.g. {leaked[0].question.text!r}")
+            warn(f"left out {len(leaked)} training questions that stand in test, e.g. {leaked[0].question.text!r}")
     if data.n_train:
         traces = subset(traces, min(data.n_train, len(traces)), seed=data.seed)
     train, validation = carve_validation(traces, data.validation, seed=data.seed) if data.validation else (traces, [])

@@ -111,7 +111,9 @@ def _load(loader: Any, base: str, **arguments: Any) -> Any:
         ) from error
 
 
-def load_tokenizer(base: str, *, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+def load_tokenizer(
+    base: str, *, revision: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
     """The base tokenizer. Raises ModelError naming the model and what can be named instead."""
     tokenizer: PreTrainedTokenizerBase = _load(
         AutoTokenizer, base, revision=revision or "main", trust_remote_code=trust_remote_code
@@ -133,14 +135,17 @@ def load_model(
     shared = {"revision": revision or "main", "trust_remote_code": trust_remote_code}
     if random_initialize:
         config = _load(AutoConfig, base, **shared)
-        return AutoModelForCausalLM.from_config(config).to(pick_dtype(dtype)).eval()
+        made: PreTrainedModel = AutoModelForCausalLM.from_config(config).to(pick_dtype(dtype))
+        made.eval()
+        return made
     arguments: dict[str, Any] = {**shared, "dtype": pick_dtype(dtype)}
     if quantize:
         arguments["quantization_config"] = _quantization(quantize, offload, arguments["dtype"])
     if torch.cuda.is_available() and (quantize or offload):
         arguments["device_map"] = "auto" if offload else {"": torch.cuda.current_device()}
     model: PreTrainedModel = _load(AutoModelForCausalLM, base, **arguments)
-    return model.eval()
+    model.eval()
+    return model
 
 
 def _quantization(bits: str, offload: bool, compute: torch.dtype) -> Any:

@@ -12,7 +12,7 @@ from memreason.core.errors import DataError
 from memreason.core.trace import Trace
 from memreason.encode.scheme import Codec
 
-__all__ = ["Example", "Examples", "coloured_mask", "collate", "encode_trace", "encode_traces", "pack_stream"]
+__all__ = ["Example", "Examples", "collate", "coloured_mask", "encode_trace", "encode_traces", "pack_stream"]
 
 IGNORED = -100
 Example = dict[str, list[int]]
@@ -62,7 +62,7 @@ def encode_traces(codec: Codec, traces: Iterable[Trace], max_length: int, *, cut
         examples.rows.append(row)
     if not examples.rows:
         raise DataError(
-            f"no example is left of {examples.dropped}: all are longer than train.model_max_length = {max_length} tokens"
+            f"no example is left of {examples.dropped}: all exceed train.model_max_length = {max_length} tokens"
         )
     return examples
 
@@ -94,5 +94,5 @@ def coloured_mask(codec: Codec, row: Example) -> Text:
     text = Text()
     for token, label in zip(row["input_ids"], row["labels"], strict=True):
         style = "bold magenta" if token in planning else "dim" if label == IGNORED else "green"
-        text.append(codec.tokenizer.decode([token]), style=style)
+        text.append(str(codec.tokenizer.decode([token])), style=style)
     return text

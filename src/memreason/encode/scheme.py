@@ -54,7 +54,7 @@ class TokenScheme:
         """Block name -> its tokens, in the order of the published rows (prefix, answer, assignment, kinds)."""
         named = {PREFIX: self.n_prefix}
         if self.placement == "each_step":
-            named |= {name: self.n_special for name in (ANSWER, ASSIGNMENT, *self.kinds)}
+            named |= dict.fromkeys((ANSWER, ASSIGNMENT, *self.kinds), self.n_special)
         return {name: tuple(f"<{name}_{i}>" for i in range(count)) for name, count in named.items() if count}
 
     @property
@@ -78,7 +78,7 @@ class TokenScheme:
         path = folder / SCHEME_FILE
         if not path.is_file():
             raise CheckpointError(
-                f"{folder}: has no {SCHEME_FILE}, so its planning tokens are unknown. Name a memreason checkpoint or run."
+                f"{folder}: has no {SCHEME_FILE}, so its blocks are unknown. Name a memreason checkpoint or run."
             )
         try:
             values = read_json(path)
@@ -252,4 +252,8 @@ class Codec:
 
     def describe(self) -> dict[str, Any]:
         """For manifests: token -> id."""
-        return {token: i for name, block in self.scheme.blocks.items() for token, i in zip(block, self.blocks[name], strict=True)}
+        return {
+            token: i
+            for name, block in self.scheme.blocks.items()
+            for token, i in zip(block, self.blocks[name], strict=True)
+        }

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from tokenizers import AddedToken
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from memreason.core.errors import ModelError
 from memreason.encode.scheme import Codec, TokenScheme, _without, text_fingerprint
@@ -39,11 +40,12 @@ def add_rows(model: PreTrainedModel, codec: Codec) -> None:
     ids = [i for block in codec.blocks.values() for i in block]
     if not ids:
         return
-    rows = model.get_input_embeddings().weight.shape[0]
+    network: Any = model  # Transformers types its layers as Tensor | Module
+    rows = network.get_input_embeddings().weight.shape[0]
     if max(ids) >= rows:
         model.resize_token_embeddings(max(ids) + 1, mean_resizing=False)
-    head = model.get_output_embeddings()
-    matrices = [model.get_input_embeddings().weight]
+    head = network.get_output_embeddings()
+    matrices = [network.get_input_embeddings().weight]
     if head is not None and head.weight is not matrices[0]:
         matrices.append(head.weight)
     generator = torch.Generator().manual_seed(codec.scheme.noise_seed)

@@ -39,7 +39,7 @@ def save_checkpoint(folder: Path, model: Any, codec: Codec, recipe: Recipe) -> N
     """Write a checkpoint: adapters in safetensors without the embedding, or the whole model after full training."""
     folder.mkdir(parents=True, exist_ok=True)
     if isinstance(model, PeftModel):
-        model.save_pretrained(folder, save_embedding_layers=False, safe_serialization=True)
+        model.save_pretrained(str(folder), save_embedding_layers=False, safe_serialization=True)
         (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
     else:
         model.save_pretrained(folder)

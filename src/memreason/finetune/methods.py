@@ -34,7 +34,7 @@ LORA_MODULES = {
 }
 
 
-def trainable(model: PreTrainedModel, codec: Codec, method: MethodRecipe, *, checkpointing: bool = False) -> nn.Module:
+def trainable(model: Any, codec: Codec, method: MethodRecipe, *, checkpointing: bool = False) -> nn.Module:
     """The model with what `method` trains set to require gradients, those parameters in fp32.
 
     full: everything. lora: LoRA alone. prompt-tuning: the new rows alone (with blocks only at the
@@ -42,7 +42,9 @@ def trainable(model: PreTrainedModel, codec: Codec, method: MethodRecipe, *, che
     Raises ModelError if no layer of the model has a name that LoRA is to be put on.
     """
     if method.name == "full":
-        return model.float() if model.dtype == torch.float16 else model
+        if model.dtype == torch.float16:  # fp16 weights lose AdamW's small steps, and GradScaler refuses them
+            nn.Module.float(model)
+        return model
     if getattr(model, "is_quantized", False):
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=checkpointing)
     try:
@@ -92,15 +94,9 @@ def _rows(model: PreTrainedModel, codec: Codec, method: MethodRecipe) -> Any:
             prompt_tuning_init_text=PREFIX,
             tokenizer_name_or_path=model.config._name_or_path,
         )
-    layers = _row_indices(model, codec)
-    if len(layers) == 1:
-        return TrainableTokensConfig(
-            token_indices=next(iter(layers.values())), target_modules=list(layers), task_type="CAUSAL_LM"
-        )
-    # On an untied model one TrainableTokensConfig holds both layers: their ids are the same.
-    return TrainableTokensConfig(
-        token_indices=next(iter(layers.values())), target_modules=list(layers), task_type="CAUSAL_LM"
-    )
+    layers = _row_indices(model, codec)  # tied or not, both layers hold the same ids
+    ids = next(iter(layers.values()))
+    return TrainableTokensConfig(token_indices=ids, target_modules=list(layers), task_type="CAUSAL_LM")
 
 
 def _prefix(model: PreTrainedModel, codec: Codec, method: MethodRecipe) -> Any:

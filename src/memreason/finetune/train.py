@@ -75,7 +75,9 @@ class _TraceTrainer(Trainer):
         # The union of supervised columns: question columns need no logits over the vocabulary.
         columns = (labels != -100).any(dim=0).nonzero().squeeze(-1)
         virtual = getattr(getattr(model, "active_peft_config", None), "num_virtual_tokens", 0)
-        prompt = virtual if getattr(getattr(model, "active_peft_config", None), "peft_type", "") == "PROMPT_TUNING" else 0
+        prompt = (
+            virtual if getattr(getattr(model, "active_peft_config", None), "peft_type", "") == "PROMPT_TUNING" else 0
+        )
         outputs = model(
             input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], logits_to_keep=columns + prompt
         )
@@ -129,7 +131,7 @@ class _TraceTrainer(Trainer):
             self.args.output_dir, self.args.save_total_limit = kept, limit
         if self.args.should_save and limit:
             best = _best_step(self.state.log_history)
-            for old in [c for c in checkpoints_in(Path(kept)) if c.name != f"checkpoint-{best}"][:-limit]:
+            for old in [c for c in checkpoints_in(Path(str(kept))) if c.name != f"checkpoint-{best}"][:-limit]:
                 shutil.rmtree(old)
         self.accelerator.wait_for_everyone()
 

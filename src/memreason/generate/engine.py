@@ -123,7 +123,12 @@ def _run(model: nn.Module, codec: Codec, rows: list[_Row], choose: Callable[...,
         positions = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, -width:]
         inputs = extra or {"input_ids": ids}
         output = network(
-            **inputs, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1
+            **inputs,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
         )
         scores = output.logits[:, -1].float().log_softmax(dim=-1)
         chosen = choose(scores, active)

@@ -13,11 +13,15 @@ import numpy as np
 from memreason.core.trace import Trace
 from memreason.measure.score import Score, chance, majority
 
-__all__ = ["mcnemar_exact", "paired_bootstrap", "summarise", "wilson"]
+__all__ = ["cluster_bootstrap", "mcnemar_exact", "paired_bootstrap", "summarise", "wilson"]
+
+CELLS = 1 << 22  # draws held at a time: 32 MB
 
 
 def wilson(correct: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Wilson's score interval of a share (Wilson 1927). (0, 1) for n = 0."""
+    """Score interval of a share (Wilson 1927, JASA 22:209). (0, 1) for n = 0."""
+    if not 0 <= correct <= n:
+        raise ValueError(f"{correct} of {n} is not a share")
     if n == 0:
         return 0.0, 1.0
     z = NormalDist().inv_cdf(0.5 + confidence / 2)
@@ -25,41 +29,77 @@ def wilson(correct: int, n: int, confidence: float = 0.95) -> tuple[float, float
     middle = share + z * z / (2 * n)
     half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
     scale = 1 + z * z / n
-    return max(0.0, (middle - half) / scale), min(1.0, (middle + half) / scale)
+    low = (middle - half) / scale if correct else 0.0  # exact at the ends, where rounding leaves 1e-17
+    high = (middle + half) / scale if correct < n else 1.0
+    return low, high
+
+
+def _paired(a: Sequence[Any], b: Sequence[Any], name: str) -> None:
+    if len(a) != len(b):
+        raise ValueError(f"{name} pair by pair is needed: {len(a)} and {len(b)} were given")
 
 
 def mcnemar_exact(a: Sequence[bool], b: Sequence[bool]) -> float:
-    """Two-sided exact p of McNemar's test on the same questions, from the pairs that differ."""
-    if len(a) != len(b):
-        raise ValueError(f"the same questions are needed: {len(a)} and {len(b)}")
-    only_a = sum(x and not y for x, y in zip(a, b, strict=True))
-    only_b = sum(y and not x for x, y in zip(a, b, strict=True))
+    """Two-sided exact p of McNemar's test on the same questions: the binomial of the pairs that differ.
+
+    McNemar 1947 (Psychometrika 12:153) in its exact form; 1.0 if no pair differs.
+    """
+    _paired(a, b, "the same questions")
+    only_a = sum(bool(x and not y) for x, y in zip(a, b, strict=True))
+    only_b = sum(bool(y and not x) for x, y in zip(a, b, strict=True))
     n, k = only_a + only_b, min(only_a, only_b)
-    return min(1.0, 2 * sum(math.comb(n, i) for i in range(k + 1)) / 2**n)
+    tail = sum(math.comb(n, i) for i in range(k + 1))
+    return min(1.0, (2 * tail) / (1 << n))
 
 
-def paired_bootstrap(
-    a: Sequence[bool],
-    b: Sequence[bool],
+def cluster_bootstrap(
+    values: Sequence[float],
     groups: Sequence[Hashable] | None = None,
     *,
     samples: int = 10_000,
     seed: int = 0,
     confidence: float = 0.95,
 ) -> tuple[float, float, float]:
-    """(accuracy of a minus accuracy of b, low, high); questions of one group are resampled together."""
-    difference = np.asarray(a, dtype=float) - np.asarray(b, dtype=float)
-    _, index = np.unique([str(group) for group in (groups or range(len(difference)))], return_inverse=True)
-    sums, sizes = np.bincount(index, difference), np.bincount(index)
+    """(mean, low, high): a percentile interval (Efron 1979), whole groups drawn with replacement.
+
+    Without `groups` each value is its own group. One group only gives an interval of no width.
+    """
+    if not len(values):
+        raise ValueError("at least one value is needed")
+    labels: Sequence[Hashable] = range(len(values)) if groups is None else groups
+    _paired(values, labels, "values and groups")
+    place: dict[Hashable, int] = {}
+    index = [place.setdefault(label, len(place)) for label in labels]
+    data = np.asarray(values, dtype=float)
+    sums, sizes = np.bincount(index, data), np.bincount(index)
     random = np.random.default_rng(seed)
-    drawn = random.integers(len(sums), size=(samples, len(sums)))
-    means = sums[drawn].sum(axis=1) / sizes[drawn].sum(axis=1)
+    means = np.empty(samples)
+    step = max(1, CELLS // len(sums))
+    for start in range(0, samples, step):
+        drawn = random.integers(len(sums), size=(min(step, samples - start), len(sums)))
+        means[start : start + step] = sums[drawn].sum(axis=1) / sizes[drawn].sum(axis=1)
     low, high = np.quantile(means, [0.5 - confidence / 2, 0.5 + confidence / 2])
-    return float(difference.mean()), float(low), float(high)
+    return float(data.mean()), float(low), float(high)
+
+
+def paired_bootstrap(
+    a: Sequence[bool],
+    b: Sequence[bool],
+    groups: Sequence[Hashable] | None = None,
+    samples: int = 10_000,
+    seed: int = 0,
+    *,
+    confidence: float = 0.95,
+) -> tuple[float, float, float]:
+    """(accuracy of a minus accuracy of b, low, high) on the same questions; groups are resampled together."""
+    _paired(a, b, "the same questions")
+    difference = [float(x) - float(y) for x, y in zip(a, b, strict=True)]
+    return cluster_bootstrap(difference, groups, samples=samples, seed=seed, confidence=confidence)
 
 
 def summarise(scored: Sequence[tuple[Trace, Score]]) -> dict[str, Any]:
-    """Accuracy with its Wilson interval, no_answer, well-formed share, lines per kind, chance and majority."""
+    """Accuracy with its Wilson interval, shares of no_answer and of traces without faults, mean lines per
+    kind, chance and majority class. A line of several kinds counts for each."""
     n = len(scored)
     correct = sum(score.verdict == "correct" for _, score in scored)
     questions = [trace.question for trace, _ in scored]

@@ -1,0 +1,83 @@
+"""Recipes: every shipped one is parsed; mistakes come all at once; the published lists translate."""
+
+import pytest
+
+from memreason.cli import main
+from memreason.core.errors import RecipeError
+from memreason.core.recipe import load_recipe, shipped
+from memreason.published import translate
+
+TRAIN = (
+    "--model_name_or_path M --add_soft_prompts True --hf_hub_token TOKEN --num_general_prefix_tokens 2 "
+    "--num_special_prefix_tokens 4 --parameter_efficient_mode lora+prompt-tuning --dataset stratgeqa_agent "
+    "--load_in_16fp False --output_dir OUT --model_max_length 700 --num_train_epochs 10 --per_device_train_batch_size 1 "
+    "--per_device_eval_batch_size 1 --evaluation_strategy epoch --save_strategy epoch --save_total_limit 200 "
+    "--learning_rate 2e-4 --weight_decay 0. --warmup_steps 700 --lr_scheduler_type cosine --logging_steps 1 "
+    "--optim adamw_torch --gradient_accumulation_steps 16 --embedding_model_name M --extract_step_type_tokens memory "
+    "--num_plan_types 5 --num_test 200 --lora_module mlp --int8_training True"
+)
+
+
+@pytest.mark.parametrize("name", shipped())
+def test_shipped_recipes_parse(name: str) -> None:
+    recipe = load_recipe(name)
+    assert recipe.name == name
+    assert load_recipe(None, {f"train.{k}": v for k, v in recipe.train.model_dump().items()}).train == recipe.train
+
+
+def test_published_train_list() -> None:
+    words = ["your token" if word == "TOKEN" else word for word in TRAIN.split()]
+    overrides, environment = translate(words, train=True)
+    recipe = load_recipe(None, overrides)
+    assert environment == {"HF_TOKEN": "your token"}
+    assert "your token" not in recipe.to_yaml()
+    assert (recipe.data.task, recipe.model.base, recipe.model.quantize) == ("strategyqa", "M", "8bit")
+    assert (recipe.tokens.n_prefix, recipe.tokens.n_special, recipe.method.lora_module) == (2, 4, "mlp")
+    assert recipe.train.model_extra is not None
+    assert recipe.train.model_extra["warmup_steps"] == 700
+    assert recipe.train.model_extra["eval_strategy"] == "epoch"
+    assert (recipe.train.select_on, recipe.eval.n) == ("test", 200)
+
+
+def test_every_mistake_at_once() -> None:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(
+            None, {"train.learnig_rate": "1", "tokens.n_prefix": "-1", "data.tsk": "x", "train.warmup_steps": "x"}
+        )
+    text = str(caught.value)
+    assert all(part in text for part in ("learnig_rate", "n_prefix", "data.tsk", "warmup_steps"))
+    assert len(caught.value.problems) == 4
+
+
+def test_refused_flags_say_which_feature() -> None:
+    with pytest.raises(RecipeError) as caught:
+        translate(["--dataset", "gsm8k", "--use_calculator", "True", "--plan_first", "True", "--nonsense"], train=True)
+    assert len(caught.value.problems) == 4
+    assert "planning-token family" in str(caught.value)
+
+
+def test_overrides_and_print(capsys: pytest.CaptureFixture[str]) -> None:
+    assert (
+        main(["train", "demo", "--train.learning_rate", "1e-3", "--train.save_strategy", "no", "--print-recipe"]) == 0
+    )
+    printed = capsys.readouterr().out
+    assert "learning_rate: 0.001" in printed
+    assert "save_strategy: 'no'" in printed
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["train", "nowhere.yaml"], "no such file"),
+        (["eval"], "a run or checkpoint is needed"),
+        (["eval", "nowhere"], "no such run or checkpoint"),
+        (["data", "import", "x.json", "--task", "nonsense"], "unknown task"),
+        (["models", "pull", "nonsense"], "not a built-in model"),
+        (["ask", "nowhere", "q?", "--odd"], "--odd: not understood"),
+    ],
+)
+def test_clear_errors(words: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(words) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert says in error
