@@ -11,6 +11,8 @@ from memreason.core.trace import Question, Step, Trace
 from memreason.encode.scheme import Codec, TokenScheme
 from memreason.encode.vocab import add_tokens
 
+torch.set_num_threads(1)  # tiny models on parallel workers: more threads only wait for one another
+
 TEXTS = [
     "Question: Is Lima the capital of Peru?",
     "The answer is: True",

@@ -9,12 +9,13 @@ from memreason.published import translate
 
 TRAIN = (
     "--model_name_or_path M --add_soft_prompts True --hf_hub_token TOKEN --num_general_prefix_tokens 2 "
-    "--num_special_prefix_tokens 4 --parameter_efficient_mode lora+prompt-tuning --dataset stratgeqa_agent "
-    "--load_in_16fp False --output_dir OUT --model_max_length 700 --num_train_epochs 10 --per_device_train_batch_size 1 "
-    "--per_device_eval_batch_size 1 --evaluation_strategy epoch --save_strategy epoch --save_total_limit 200 "
-    "--learning_rate 2e-4 --weight_decay 0. --warmup_steps 700 --lr_scheduler_type cosine --logging_steps 1 "
-    "--optim adamw_torch --gradient_accumulation_steps 16 --embedding_model_name M --extract_step_type_tokens memory "
-    "--num_plan_types 5 --num_test 200 --lora_module mlp --int8_training True"
+    "--num_special_prefix_tokens 4 --parameter_efficient_mode lora+prompt-tuning --dataset "
+    "stratgeqa_agent --load_in_16fp False --output_dir OUT --model_max_length 700 --num_train_epochs 10 "
+    "--per_device_train_batch_size 1 --per_device_eval_batch_size 1 --evaluation_strategy epoch "
+    "--save_strategy epoch --save_total_limit 200 --learning_rate 2e-4 --weight_decay 0. --warmup_steps "
+    "700 --lr_scheduler_type cosine --logging_steps 1 --optim adamw_torch --gradient_accumulation_steps "
+    "16 --embedding_model_name M --extract_step_type_tokens memory --num_plan_types 5 --num_test 200 "
+    "--lora_module mlp --int8_training True"
 )
 
 

@@ -34,7 +34,7 @@ LORA_MODULES = {
 }
 
 
-def trainable(model: Any, codec: Codec, method: MethodRecipe, *, checkpointing: bool = False) -> nn.Module:
+def trainable(model: Any, codec: Codec, method: MethodRecipe, *, checkpointing: bool = False) -> Any:
     """The model with what `method` trains set to require gradients, those parameters in fp32.
 
     full: everything. lora: LoRA alone. prompt-tuning: the new rows alone (with blocks only at the
