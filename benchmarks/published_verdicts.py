@@ -1,6 +1,6 @@
 """Score the published saved generations and explain every verdict that differs from the published one.
 
-    python benchmarks/published_verdicts.py --shared /work/shared
+    python benchmarks/published_verdicts.py --shared ../shared
 
 A difference is explained only if the published extraction rule, written anew from its description
 (REFERENCE.md, "Its faults"), gives the published verdict, and a named fault of that rule is found

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
+from memreason.core.files import write_traces
+from memreason.core.recipe import Recipe, load_recipe
 from memreason.core.trace import Question, Step, Trace
 from memreason.encode.scheme import Codec, TokenScheme
 from memreason.encode.vocab import add_tokens
@@ -112,3 +118,50 @@ def tiny_qwen(rows: int, *, tied: bool = False) -> Qwen2ForCausalLM:
         tie_word_embeddings=tied,
     )
     return Qwen2ForCausalLM(config).eval()
+
+
+BASES: dict[str, Callable[[int], Any]] = {
+    "tied": tiny_model,
+    "untied": lambda rows: tiny_model(rows, tied=False),
+    "padded": lambda rows: tiny_qwen(rows + 64),
+}
+
+
+def save_base(folder: Path, make: Callable[[int], Any] = tiny_model) -> Path:
+    """A base model's folder: its weights and a byte-level tokenizer."""
+    tokenizer = byte_level()
+    make(len(tokenizer)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def own_traces(count: int) -> list[Trace]:
+    """Labelled traces of one and of two lines, so that examples differ in length."""
+    steps = (Step(("memory",), "Lima lies in South America."), Step(("reason",), "so Peru lies in South America."))
+    return [
+        Trace(Question(f"Is Lima the capital of Peru? {n}", str(n % 2 == 0)), steps[: 1 + n % 2]) for n in range(count)
+    ]
+
+
+def tiny_recipe(folder: Path, base: Path, **changes: Any) -> Recipe:
+    """A recipe that trains a tiny model on own traces into folder/run: fp32, no dropout, no evaluation."""
+    data = folder / "traces.jsonl"
+    if not data.is_file():
+        write_traces(data, own_traces(24))
+    settings = {
+        "output_dir": str(folder / "run"),
+        "data.paths": [str(data)],
+        "data.validation": 0,
+        "model.base": str(base),
+        "model.dtype": "fp32",
+        "method.lora_dropout": 0.0,
+        "train.max_steps": 3,
+        "train.per_device_train_batch_size": 4,
+        "train.learning_rate": 1e-2,
+        "train.warmup_steps": 0,
+        "train.lr_scheduler_type": "constant",
+        "train.logging_steps": 1,
+        "train.disable_tqdm": True,
+        "eval.max_new_tokens": 8,
+    }
+    return load_recipe(None, {**settings, **changes})

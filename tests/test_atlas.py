@@ -32,13 +32,15 @@ def test_lines_and_answers_follow_from_facts(split: str) -> None:
         assert all(memory_line_true(step.text) for step in trace.of_kind("memory"))
         question = trace.question
         if question.choices:
-            assert question.choices[LETTERS.index(question.answer)] + " is choice" in trace.steps[-1].text
+            right = question.choices[LETTERS.index(question.answer)]
+            assert trace.steps[-1].text.endswith(f" is {right} ({question.answer}).")
+        else:
+            assert trace.steps[-1].text.endswith("the same." if question.answer == "True" else "different.")
         facts = question.facts or ()
-        if question.meta["form"] in ("same_continent", "same_currency"):
+        if question.meta["form"] == "same_continent":
             assert (facts[0]["object"] == facts[1]["object"]) == (question.answer == "True")
-        if question.meta["form"] == "capital_order":
-            first, second = (fact["object"] for fact in facts)
-            assert (first < second) == (question.answer == "True")
+        if question.meta["form"] == "same_initial":
+            assert (facts[0]["object"][0] == facts[1]["object"][0]) == (question.answer == "True")
 
 
 def test_balance_size_and_seed() -> None:
@@ -64,6 +66,8 @@ def test_false_and_unknown_lines() -> None:
     assert memory_line_true("The capital of Peru is Bogota.") is False
     assert memory_line_true("The capital of Kazakhstan is Nur-Sultan.") is True
     assert memory_line_true("The capital of Kazakhstan is Astana.") is True
+    assert memory_line_true("Astana is the capital of Kazakhstan.") is True
+    assert memory_line_true("Bogota is the capital of Peru.") is False
     assert memory_line_true("Peru is nice.") is None
 
 

@@ -74,7 +74,7 @@ def test_overrides_and_print(capsys: pytest.CaptureFixture[str]) -> None:
         (["eval", "nowhere"], "no such run or checkpoint"),
         (["data", "import", "x.json", "--task", "nonsense"], "unknown task"),
         (["models", "pull", "nonsense"], "not a built-in model"),
-        (["ask", "nowhere", "q?", "--odd"], "--odd: not understood"),
+        (["ask", "nowhere", "q?", "--odd"], "unrecognized arguments: --odd"),
     ],
 )
 def test_clear_errors(words: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:

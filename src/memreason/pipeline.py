@@ -2,61 +2,71 @@
 
 from __future__ import annotations
 
-import json
 import platform
-import random
+import resource
+import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import gather_object
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 from torch import nn
-from tqdm import tqdm
 
 from memreason.core.errors import RecipeError
-from memreason.core.files import append_jsonl, file_hash, read_json, read_jsonl, settings_hash, write_json, write_text
-from memreason.core.recipe import EvalRecipe, Recipe
+from memreason.core.files import file_hash, read_json, settings_hash, write_json, write_text
+from memreason.core.recipe import EvalRecipe, Recipe, load_recipe
 from memreason.core.trace import Question, Trace
 from memreason.data.tasks import TASKS, Splits, load_eval, load_splits, task_named
 from memreason.encode.base import load_model, load_tokenizer
-from memreason.encode.examples import coloured_mask, encode_trace, encode_traces, pack_stream
+from memreason.encode.examples import Examples, coloured_mask, encode_trace, encode_traces, pack_stream
 from memreason.encode.scheme import Codec, TokenScheme
 from memreason.encode.vocab import add_rows, add_tokens
 from memreason.finetune.checkpoint import Checkpoint, load_checkpoint
 from memreason.finetune.methods import trainable
 from memreason.finetune.train import train as run_trainer
 from memreason.finetune.train import training_arguments
-from memreason.generate.engine import generate
+from memreason.generate.answer import answer_questions, read_samples
 from memreason.measure.score import score_trace
 from memreason.measure.stats import summarise
+from memreason.report.terminal import console, figures, note
 
-__all__ = [
-    "answer_questions",
-    "ask",
-    "dry_run",
-    "evaluate",
-    "make_codec",
-    "print_trace",
-    "results_table",
-    "run",
-    "train",
-]
+__all__ = ["ask", "dry_run", "evaluate", "run", "train"]
 
-console = Console()
-COLOURS = {"memory": "cyan", "reason": "yellow"}
 ALPACA = (
     "Below is a question. Write a response that answers it.\n\n### Instruction:\n{question}{choices}\n\n### Response:\n"
 )
 
 
-def scheme_of(recipe: Recipe) -> TokenScheme:
+def _note(text: str) -> None:
+    if PartialState().is_main_process:
+        note(text)
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """What stands before training: traces, the tokenizer with its planning tokens, and the examples of both."""
+
+    splits: Splits
+    codec: Codec
+    examples: Examples
+
+
+def _prepare(recipe: Recipe) -> _Prepared:
+    splits = load_splits(recipe.data, warn=_note)
+    settings = recipe.model
+    tokenizer = load_tokenizer(settings.base, revision=settings.revision, trust_remote_code=settings.trust_remote_code)
+    codec = add_tokens(_scheme(recipe), tokenizer)
+    examples = encode_traces(codec, splits.train, recipe.train.model_max_length, cut=recipe.train.cut)
+    if examples.dropped or examples.cut:
+        _note(f"{examples.dropped} traces dropped, {examples.cut} cut: over {recipe.train.model_max_length} tokens")
+    return _Prepared(splits, codec, examples)
+
+
+def _scheme(recipe: Recipe) -> TokenScheme:
     """The token scheme that a recipe asks for, with its task's way of printing questions."""
     tokens, task = recipe.tokens, TASKS.get(recipe.data.task, TASKS["atlas"])
     return TokenScheme(
@@ -70,15 +80,8 @@ def scheme_of(recipe: Recipe) -> TokenScheme:
     )
 
 
-def make_codec(recipe: Recipe) -> Codec:
-    """The base tokenizer with the recipe's planning tokens."""
-    tokenizer = load_tokenizer(
-        recipe.model.base, revision=recipe.model.revision, trust_remote_code=recipe.model.trust_remote_code
-    )
-    return add_tokens(scheme_of(recipe), tokenizer)
-
-
-def _base(recipe: Recipe, codec: Codec) -> Any:
+def _trainable(recipe: Recipe, codec: Codec) -> Any:
+    """The base model with its new rows, ready to be trained by the recipe's method."""
     settings = recipe.model
     model = load_model(
         settings.base,
@@ -90,100 +93,82 @@ def _base(recipe: Recipe, codec: Codec) -> Any:
         offload=settings.offload,
     )
     add_rows(model, codec)
-    return model
+    checkpointing = bool((recipe.train.model_extra or {}).get("gradient_checkpointing"))
+    return trainable(model, codec, recipe.method, checkpointing=checkpointing)
 
 
 def train(recipe: Recipe, *, fresh: bool = False) -> Path:
     """Train a recipe into its run folder and return that. Running it again resumes, or says that it is done.
 
-    Raises RecipeError if the folder holds a run of another recipe.
+    `fresh` sets an earlier run in that folder aside. Raises RecipeError if it holds a run of another recipe.
     """
-    folder, state = recipe.folder, PartialState()
+    folder, main = recipe.folder, PartialState().is_main_process
     _claim(recipe, fresh)
     training_arguments(recipe)  # a wrong argument must show before anything is loaded
     manifest = folder / "manifest.json"
     if manifest.is_file() and read_json(manifest).get("best"):
-        console.print(f"{folder}: already trained; nothing to do")
+        _note(f"{folder} is trained already; --fresh trains it anew")
         return folder
-    splits = load_splits(recipe.data, warn=_say)
-    codec = make_codec(recipe)
-    examples = encode_traces(codec, splits.train, recipe.train.model_max_length, cut=recipe.train.cut)
-    if examples.dropped or examples.cut:
-        _say(f"{examples.dropped} traces dropped, {examples.cut} cut: over {recipe.train.model_max_length} tokens")
-    rows = examples.rows
+    start = time.monotonic()
+    ready = _prepare(recipe)
+    rows = ready.examples.rows
     if recipe.train.mode == "constant_len":
         rows = pack_stream(rows, recipe.train.model_max_length)
-    model = trainable(
-        _base(recipe, codec), codec, recipe.method, checkpointing=bool(_extra(recipe, "gradient_checkpointing"))
-    )
-    if state.is_main_process:
-        _write_manifest(recipe, codec, splits, examples.tokens)
-    judge = _selector(recipe, codec, splits)
-    done = run_trainer(recipe, model, codec, rows, judge)
-    if state.is_main_process:
-        scored = [entry for entry in done["history"] if "eval_acc" in entry]
+    model = _trainable(recipe, ready.codec)
+    if main:
+        write_json(manifest, _manifest(recipe, ready))
+    done = run_trainer(recipe, model, ready.codec, rows, _selector(recipe, ready.codec, ready.splits))
+    if main:
+        scored = any("eval_acc" in entry for entry in done["history"])
         best = {"checkpoint": done["best"], "by": f"eval_acc on {recipe.train.select_on}" if scored else "last"}
-        write_json(manifest, {**read_json(manifest), "best": best, "metrics": done["metrics"]})
-    state.wait_for_everyone()
+        spent = {"seconds": round(time.monotonic() - start, 1), "peak_memory": peak_memory()}
+        write_json(manifest, {**read_json(manifest), "best": best, "metrics": done["metrics"] | spent})
+    PartialState().wait_for_everyone()
     return folder
-
-
-def _extra(recipe: Recipe, name: str) -> Any:
-    return (recipe.train.model_extra or {}).get(name)
-
-
-def _say(text: str) -> None:
-    if PartialState().is_main_process:
-        console.print(f"[dim]note:[/dim] {text}", highlight=False)
 
 
 def _claim(recipe: Recipe, fresh: bool) -> None:
     """Write recipe.yaml, or check that the folder's run is of this recipe (evaluation settings aside)."""
-    path = recipe.folder / "recipe.yaml"
-    if not path.is_file() or fresh:
-        if PartialState().is_main_process:
-            if fresh:
-                for old in [*recipe.folder.glob("checkpoint-*"), recipe.folder / "manifest.json"]:
-                    old.rename(old.with_name(f"old-{int(time.time())}-{old.name}")) if old.exists() else None
-            write_text(path, recipe.to_yaml())
-        PartialState().wait_for_everyone()
-        return
-    from memreason.core.recipe import load_recipe
-
-    mine, theirs = recipe.model_dump(mode="json"), load_recipe(path).model_dump(mode="json")
-    differing = [key for key in mine if key not in ("eval", "output_dir") and mine[key] != theirs[key]]
-    if differing:
-        raise RecipeError(
-            f"{recipe.folder} holds a run of another recipe (differs in {', '.join(differing)}). "
-            "Give another --output_dir, or --fresh to set that run's checkpoints aside.",
-            "train",
-        )
+    path, state = recipe.folder / "recipe.yaml", PartialState()
+    if path.is_file() and not fresh:
+        mine, theirs = recipe.model_dump(mode="json"), load_recipe(path).model_dump(mode="json")
+        differing = [key for key in mine if key not in ("eval", "output_dir") and mine[key] != theirs[key]]
+        if differing:
+            raise RecipeError(
+                f"{recipe.folder} holds a run of another recipe (differs in {', '.join(differing)}). "
+                "Give another --output_dir, or --fresh to set that run aside.",
+                "train",
+            )
+    elif state.is_main_process:
+        if path.is_file():
+            recipe.folder.rename(recipe.folder.with_name(f"{recipe.folder.name}.old-{int(time.time())}"))
+        write_text(path, recipe.to_yaml())
+    state.wait_for_everyone()
 
 
-def _write_manifest(recipe: Recipe, codec: Codec, splits: Splits, tokens: int) -> None:
+def _manifest(recipe: Recipe, ready: _Prepared) -> dict[str, Any]:
     packages = ("memreason", "torch", "transformers", "peft", "tokenizers")
-    write_json(
-        recipe.folder / "manifest.json",
-        {
-            "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
-            "seed": recipe.seed,
-            "base": recipe.model.base,
-            "revision": recipe.model.revision,
-            "tokens": codec.describe(),
-            "rows": {"train": len(splits.train), "validation": len(splits.validation), "leaked": len(splits.leaked)},
-            "train_tokens": tokens,
-            "data": {str(path): file_hash(path) for path in splits.files},
-            "train_ids": settings_hash({"ids": [trace.question.id for trace in splits.train]}),
-            "best": None,
-        },
-    )
+    splits = ready.splits
+    return {
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
+        "seed": recipe.seed,
+        "base": recipe.model.base,
+        "revision": recipe.model.revision,
+        "tokens": ready.codec.describe(),
+        "rows": {"train": len(splits.train), "validation": len(splits.validation), "leaked": len(splits.leaked)},
+        "dropped": ready.examples.dropped,
+        "train_tokens": ready.examples.tokens,
+        "data": {str(path): file_hash(path) for path in splits.files},
+        "train_ids": settings_hash({"ids": [trace.question.id for trace in splits.train]}),
+        "best": None,
+    }
 
 
 def _selector(recipe: Recipe, codec: Codec, splits: Splits) -> Callable[[nn.Module], dict[str, float]] | None:
     """The function that chooses the epoch: accuracy on held-out questions."""
     if recipe.train.select_on == "test":
         held = load_eval(recipe.data.task, "test", recipe.data, recipe.train.n_select, seed=recipe.seed)
-        _say("epochs are chosen on the test split, as published; the accuracy of the best one is optimistic")
+        _note("epochs are chosen on the test split, as published; the accuracy of the best one is optimistic")
     else:
         held = splits.validation[: recipe.train.n_select]
     if not held:
@@ -193,69 +178,12 @@ def _selector(recipe: Recipe, codec: Codec, splits: Splits) -> Callable[[nn.Modu
     def judge(model: nn.Module) -> dict[str, float]:
         traces = answer_questions(model, codec, [trace.question for trace in held], settings, label="selecting")
         found = summarise([(trace, score_trace(trace)) for trace in traces])
-        return {
-            "eval_acc": found["accuracy"],
-            "eval_no_answer": found["no_answer"],
-            "eval_well_formed": found["well_formed"],
-        }
+        return {f"eval_{short}": found[name] for short, name in SELECTED.items()}
 
     return judge
 
 
-def answer_questions(
-    model: nn.Module,
-    codec: Codec,
-    questions: Sequence[Question],
-    settings: EvalRecipe,
-    *,
-    label: str = "answering",
-    folder: Path | None = None,
-) -> list[Trace]:
-    """Generate a trace for each question, split over processes, each question answered once.
-
-    With a folder, every batch is appended to its samples and a second call goes on where the first stopped.
-    """
-    state = PartialState()
-    done: list[dict[str, Any]] = []
-    own = None
-    if folder is not None:
-        for path in sorted(folder.glob("samples*.jsonl")):
-            done += [line for _, line in read_jsonl(path, torn_tail=True)]
-        own = folder / ("samples.jsonl" if state.is_main_process else f"samples-{state.process_index}.jsonl")
-    state.wait_for_everyone()
-    skip = frozenset((line["id"], line["meta"]["sample"]) for line in done)
-    mine = list(questions)[state.process_index :: state.num_processes]
-    fresh: list[dict[str, Any]] = []
-    was_training = model.training
-    model.eval()
-    with tqdm(total=len(mine) * settings.n_samples, desc=label, unit="q", disable=not state.is_main_process) as bar:
-        for batch in generate(model, codec, mine, settings, skip=skip):
-            lines = [_sample(codec, generation) for generation in batch]
-            if own is not None:
-                append_jsonl(own, lines)
-            fresh += lines
-            bar.update(len(lines))
-    model.train(was_training)
-    lines = done + (gather_object(fresh) if state.num_processes > 1 else fresh)
-    once = {(line["id"], line["meta"]["sample"]): line for line in lines}
-    order = {question.id: number for number, question in enumerate(questions)}
-    kept = sorted(
-        (line for line in once.values() if line["id"] in order),
-        key=lambda line: (order[line["id"]], line["meta"]["sample"]),
-    )
-    return [Trace.from_json(line) for line in kept]
-
-
-def _sample(codec: Codec, generation: Any) -> dict[str, Any]:
-    """One line of samples.jsonl: trace, ids, and the log-probability of each generated id."""
-    trace = codec.parse(generation.question, generation.ids)
-    given = len(generation.ids) - len(generation.logprobs)
-    return {
-        **trace.to_json(),
-        "ids": generation.ids,
-        "logprobs": [round(value, 5) for value in generation.logprobs],
-        "meta": {**generation.question.meta, "sample": generation.sample, "given": given},
-    }
+SELECTED = {"acc": "accuracy", "no_answer": "no_answer", "well_formed": "well_formed"}
 
 
 def evaluate(
@@ -271,7 +199,7 @@ def evaluate(
     Writes results.json, samples.jsonl and generations.txt beside the weights. Resumes if it was stopped.
     """
     loaded = checkpoint or load_checkpoint(path, base=base, **model_changes)
-    recipe = loaded.recipe
+    recipe, state = loaded.recipe, PartialState()
     settings = settings or recipe.eval
     task = settings.task or recipe.data.task
     task_named(task)
@@ -280,37 +208,36 @@ def evaluate(
     spec["questions"] = [trace.question.id for trace in gold]
     folder = loaded.folder / "eval" / f"{task}-{settings.split}-{settings_hash(spec)}"
     if torch.cuda.is_available() and not getattr(loaded.model, "is_quantized", False):
-        loaded.model.to(PartialState().device)
-    start = time.monotonic()
-    traces = answer_questions(
-        loaded.model,
-        loaded.codec,
-        [trace.question for trace in gold],
-        settings,
-        label=f"{task}/{settings.split}",
-        folder=folder,
-    )
-    scored = [(trace, score_trace(trace)) for trace in traces]
-    lengths = [len(line["ids"]) for _, line in _samples(folder)] if PartialState().is_main_process else []
-    results = {
-        **summarise(scored),
+        loaded.model.to(state.device)
+    start, before = time.monotonic(), len(read_samples(folder))
+    questions = [trace.question for trace in gold]
+    label = f"{task}/{settings.split}"
+    traces = answer_questions(loaded.model, loaded.codec, questions, settings, label=label, folder=folder)
+    results: dict[str, Any] = {
+        **summarise([(trace, score_trace(trace)) for trace in traces]),
         "task": task,
         "split": settings.split,
         "checkpoint": str(loaded.folder),
         "select_on": recipe.train.select_on,
-        "tokens_per_trace": sum(lengths) / max(1, len(lengths)),
         "seconds": round(time.monotonic() - start, 1),
+        "answered_before": before,
+        "peak_memory": peak_memory(),
         "settings": settings.model_dump(mode="json"),
         "folder": str(folder),
     }
-    if PartialState().is_main_process:
+    if state.is_main_process:
+        lengths = [len(line["ids"]) for line in read_samples(folder)]
+        results["tokens_per_trace"] = sum(lengths) / max(1, len(lengths))
         write_json(folder / "results.json", results)
         write_text(folder / "generations.txt", "".join(_generation(loaded.codec, trace) for trace in traces))
     return results
 
 
-def _samples(folder: Path) -> list[tuple[int, Any]]:
-    return [line for path in sorted(folder.glob("samples*.jsonl")) for line in read_jsonl(path, torn_tail=True)]
+def peak_memory() -> int:
+    """Bytes that this process held at most so far: of the GPU if there is one, else of the machine."""
+    if torch.cuda.is_available():
+        return int(torch.cuda.max_memory_allocated())
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def _generation(codec: Codec, trace: Trace) -> str:
@@ -320,101 +247,49 @@ def _generation(codec: Codec, trace: Trace) -> str:
     return f"{codec.scheme.question_text(trace.question).strip()}\n\n{solution}\n\n{trace.question.answer}\n\n"
 
 
-def ask(path: Path | str, text: str, *, base: str | None = None) -> Trace:
-    """One trace for one question of the user's own."""
+def ask(path: Path | str, text: str, *, choices: Sequence[str] = (), base: str | None = None) -> Trace:
+    """One trace for one question of the user's own, with choices if there are some."""
     loaded = load_checkpoint(path, base=base)
     settings = loaded.recipe.eval.model_copy(update={"n_samples": 1})
-    question = Question(text=text, answer="?", task=loaded.recipe.data.task)
+    question = Question(text=text, answer="?", task=loaded.recipe.data.task, choices=tuple(choices) or None)
     return answer_questions(loaded.model, loaded.codec, [question], settings)[0]
 
 
 def run(recipe: Recipe, *, fresh: bool = False) -> dict[str, Any]:
     """Data, training, evaluation: the whole of a recipe."""
-    folder = train(recipe, fresh=fresh)
-    return evaluate(folder, settings=recipe.eval)
+    return evaluate(train(recipe, fresh=fresh), settings=recipe.eval)
 
 
 def dry_run(recipe: Recipe) -> None:
     """Render three examples with the mask in colour and print what training would take; train nothing."""
-    splits, codec = load_splits(recipe.data, warn=_say), make_codec(recipe)
-    examples = encode_traces(codec, splits.train, recipe.train.model_max_length, cut=recipe.train.cut)
-    for trace in splits.train[:3]:
-        console.print(coloured_mask(codec, encode_trace(codec, trace)), "")
-    arguments = training_arguments(recipe)
-    per_step = (
-        arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * PartialState().num_processes
-    )
-    steps = (
-        arguments.max_steps
-        if arguments.max_steps > 0
-        else int(-(-len(examples.rows) // per_step) * arguments.num_train_epochs)
-    )
-    model = trainable(_base(recipe, codec), codec, recipe.method)
+    ready, arguments = _prepare(recipe), training_arguments(recipe)
+    for trace in ready.splits.train[:3]:
+        console.print(coloured_mask(ready.codec, encode_trace(ready.codec, trace)), "")
+    rows, examples = ready.examples.rows, ready.examples
+    each = arguments.per_device_train_batch_size
+    per_step = each * arguments.gradient_accumulation_steps * PartialState().num_processes
+    epochs = -(-len(rows) // per_step) * arguments.num_train_epochs
+    steps = arguments.max_steps if arguments.max_steps > 0 else int(epochs)
+    model = _trainable(recipe, ready.codec)
     sizes = [(p.numel(), p.element_size(), p.requires_grad) for p in model.parameters()]
-    trained = sum(count for count, _, grad in sizes if grad)
-    longest = sorted(len(row["input_ids"]) for row in examples.rows)[-1]
-    batch = arguments.per_device_train_batch_size * longest
-    config: Any = model.config
-    # Weights, AdamW's two fp32 moments and gradients, kept activations (about 34 bytes a token, layer and
-    # channel with recomputation off), and fp32 logits with their gradient.
-    memory = sum(c * b for c, b, _ in sizes) + 12 * trained
-    memory += batch * (34 * config.num_hidden_layers * config.hidden_size + 8 * config.vocab_size)
-    table = Table(show_header=False, box=None)
-    for name, value in (
-        ("examples", f"{len(examples.rows):,} ({examples.dropped} dropped, {examples.cut} cut)"),
-        ("validation", f"{len(splits.validation):,}"),
-        ("tokens", f"{examples.tokens:,} (longest {longest})"),
-        ("steps", f"{steps:,} of {per_step} examples"),
-        ("trainable parameters", f"{trained:,} of {sum(c for c, _, _ in sizes):,}"),
-        ("memory, estimated", f"{memory / 2**30:.1f} GiB at most"),
-    ):
-        table.add_row(name, value)
-    console.print(table)
+    trained, longest = sum(count for count, _, grad in sizes if grad), max(len(row["input_ids"]) for row in rows)
+    figures(
+        recipe.name,
+        [
+            ("examples", f"{len(rows):,} ({examples.dropped} dropped, {examples.cut} cut)"),
+            ("validation", f"{len(ready.splits.validation):,}"),
+            ("tokens", f"{examples.tokens:,} (longest {longest})"),
+            ("steps", f"{steps:,} of {per_step} examples"),
+            ("trainable parameters", f"{trained:,} of {sum(count for count, _, _ in sizes):,}"),
+            ("memory, estimated", f"{_memory(model.config, sizes, each * longest) / 2**30:.1f} GiB at most"),
+        ],
+    )
 
 
-def print_trace(trace: Trace, verdict: str = "") -> None:
-    """One trace, each kind in its colour."""
-    text = Text(trace.question.text + "\n", style="bold")
-    for letter, choice in zip("ABCDEFGHIJ", trace.question.choices or (), strict=False):
-        text.append(f"  {letter}. {choice}\n")
-    for step in trace.steps:
-        kind = "+".join(step.kinds) or "line"
-        text.append(f"  {kind:>7} ", style=f"bold {COLOURS.get(kind, 'white')}")
-        text.append(step.text + "\n", style=COLOURS.get(kind, "white"))
-    text.append(f"  {'answer':>7} {trace.answer or '(none)'}", style="bold green")
-    if verdict:
-        text.append(f"  {verdict}", style="green" if verdict == "correct" else "red")
-    if trace.faults:
-        text.append(f"\n  faults: {', '.join(trace.faults)}", style="red")
-    console.print(text, "")
-
-
-def results_table(results: dict[str, Any]) -> None:
-    """The figures of one evaluation as a table."""
-    table = Table(title=f"{results['task']} / {results['split']}", show_header=False, title_style="bold")
-    low, high = results["interval"]
-    rows = [
-        ("questions", f"{results['n']}"),
-        ("accuracy", f"{results['accuracy']:.3f}  (95 % Wilson {low:.3f} to {high:.3f})"),
-        ("no answer", f"{results['no_answer']:.3f}"),
-        ("chance / majority", f"{results['chance']:.3f} / {results['majority']:.3f}"),
-        ("well-formed traces", f"{results['well_formed']:.3f}"),
-        ("lines per trace", ", ".join(f"{kind} {count:.2f}" for kind, count in results["blocks"].items())),
-        ("tokens per trace", f"{results['tokens_per_trace']:.1f}"),
-        ("time", f"{results['seconds']:.0f} s"),
-        ("files", results["folder"]),
-    ]
-    for name, value in rows:
-        table.add_row(name, value)
-    console.print(table)
-
-
-def show_samples(results: dict[str, Any], count: int = 4, seed: int = 0) -> None:
-    """A few coloured traces of an evaluation, a wrong one among them if there is one."""
-    traces = [Trace.from_json(json.loads(json.dumps(line))) for _, line in _samples(Path(results["folder"]))]
-    scored = [(trace, score_trace(trace).verdict) for trace in traces]
-    random.Random(seed).shuffle(scored)
-    wrong = [pair for pair in scored if pair[1] != "correct"][:1]
-    right = [pair for pair in scored if pair[1] == "correct"]
-    for trace, verdict in (right[: count - len(wrong)] + wrong)[:count]:
-        print_trace(trace, verdict)
+def _memory(config: Any, sizes: list[tuple[int, int, bool]], tokens: int) -> int:
+    """Bytes: weights, fp32 gradients and AdamW's two moments, activations kept for the backward pass (about 34 a
+    token, layer and channel), and fp32 logits with their gradient. `tokens` are those of the longest batch."""
+    weights = sum(count * size for count, size, _ in sizes)
+    optimiser = 12 * sum(count for count, _, grad in sizes if grad)
+    layers = int(config.num_hidden_layers) * int(config.hidden_size)
+    return weights + optimiser + tokens * (34 * layers + 8 * int(config.vocab_size))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +23,7 @@ __all__ = [
     "read_traces",
     "settings_hash",
     "write_json",
+    "write_jsonl",
     "write_text",
     "write_traces",
     "writing",
@@ -36,14 +38,23 @@ def cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "memreason"
 
 
+# Libraries wrap the system's error: safetensors in a SafetensorError, tokenizers in an Exception, torch in a
+# RuntimeError.
+WRAPPED = re.compile(r"[^:]*\(os error \d+\)|PytorchStreamWriter failed[^.:]*|unexpected pos \d+ vs \d+")
+
+
 @contextmanager
 def writing(path: Path | str) -> Iterator[None]:
-    """Turn an OSError of the block into a StorageError that names the file and what to do."""
+    """Turn a failed write of the block into a StorageError that names the file and what to do."""
     try:
         yield
-    except OSError as error:
+    except Exception as error:
+        wrapped = WRAPPED.search(str(error))
+        if not (isinstance(error, OSError) or wrapped):
+            raise
+        reason = getattr(error, "strerror", None) or (wrapped and wrapped.group().strip()) or error
         raise StorageError(
-            f"{path}: cannot be written ({error.strerror or error}). "
+            f"{path}: cannot be written ({reason}). "
             "What was complete before is kept; free space or fix the permissions, then run the same command again."
         ) from error
 
@@ -117,7 +128,7 @@ def read_jsonl(path: Path | str, *, torn_tail: bool = False) -> Iterator[tuple[i
 def append_jsonl(path: Path | str, objects: Iterable[Mapping[str, Any]]) -> None:
     """Append whole lines and flush them to disk, after cutting off a torn last line."""
     path = Path(path)
-    lines = "".join(json.dumps(value, ensure_ascii=False) + "\n" for value in objects)
+    lines = _jsonl(objects)
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("ab+") as handle:
@@ -156,8 +167,16 @@ def read_traces(path: Path | str) -> list[Trace]:
     return traces
 
 
+def write_jsonl(path: Path | str, objects: Iterable[Mapping[str, Any]]) -> None:
+    write_text(path, _jsonl(objects))
+
+
+def _jsonl(objects: Iterable[Mapping[str, Any]]) -> str:
+    return "".join(json.dumps(value, ensure_ascii=False) + "\n" for value in objects)
+
+
 def write_traces(path: Path | str, traces: Iterable[Trace]) -> None:
-    write_text(path, "".join(json.dumps(trace.to_json(), ensure_ascii=False) + "\n" for trace in traces))
+    write_jsonl(path, (trace.to_json() for trace in traces))
 
 
 def file_hash(path: Path | str) -> str:

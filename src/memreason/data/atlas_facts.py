@@ -129,6 +129,7 @@ def split_of() -> dict[str, str]:
 
 _LINES = {
     "capital": re.compile(r"^The capital of (?P<s>.+) is (?P<o>.+)\.$"),
+    "capital_of": re.compile(r"^(?P<o>.+) is the capital of (?P<s>.+)\.$"),
     "currency": re.compile(r"^The currency of (?P<s>.+) is the (?P<o>.+)\.$"),
     "continent": re.compile(r"^(?P<s>.+) lies in (?P<o>.+)\.$"),
     "not_borders": re.compile(r"^(?P<s>.+) does not border (?P<o>.+)\.$"),
@@ -148,6 +149,7 @@ def memory_line_true(text: str) -> bool | None:
 
 
 def _holds(country: Country, relation: str, value: str) -> bool:
+    relation = relation.removesuffix("_of")
     plain = country.name.removeprefix("the ")
     if relation in ("capital", "currency"):
         known = {getattr(country, relation), *corrections()[relation].get(plain, {}).get("aliases", ())}

@@ -32,7 +32,12 @@ class Task:
 
 
 TASKS = {
-    "atlas": Task(("train", "validation", "test"), "real facts of countries, made by a rule; nothing to download", {}),
+    "atlas": Task(
+        ("train", "validation", "test"),
+        "real facts of countries, made by a rule; nothing to download",
+        {},
+        choice_template=" {choice} ({letter})",
+    ),
     "strategyqa": Task(
         ("train", "test"),
         "true or false, several hops (ChilleD/StrategyQA)",

@@ -130,12 +130,16 @@ def load_model(
     trust_remote_code: bool = False,
     random_initialize: bool = False,
     offload: bool = False,
+    seed: int = 0,
 ) -> PreTrainedModel:
-    """The base model, in evaluation mode. `quantize` is None, "8bit" or "4bit" (bitsandbytes)."""
+    """The base model, in evaluation mode. `quantize` is None, "8bit" or "4bit" (bitsandbytes); `seed` is that of
+    random weights."""
     shared = {"revision": revision or "main", "trust_remote_code": trust_remote_code}
     if random_initialize:
         config = _load(AutoConfig, base, **shared)
-        made: PreTrainedModel = AutoModelForCausalLM.from_config(config).to(pick_dtype(dtype))
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            made: PreTrainedModel = AutoModelForCausalLM.from_config(config).to(pick_dtype(dtype))
         made.eval()
         return made
     arguments: dict[str, Any] = {**shared, "dtype": pick_dtype(dtype)}

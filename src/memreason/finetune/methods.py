@@ -48,7 +48,9 @@ def trainable(model: Any, codec: Codec, method: MethodRecipe, *, checkpointing: 
     if getattr(model, "is_quantized", False):
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=checkpointing)
     try:
-        adapted = get_peft_model(model, CONFIGS[method.name](model, codec, method), autocast_adapter_dtype=True)
+        with torch.random.fork_rng():
+            torch.manual_seed(codec.scheme.noise_seed)  # LoRA's first values depend on the recipe alone
+            adapted = get_peft_model(model, CONFIGS[method.name](model, codec, method), autocast_adapter_dtype=True)
     except ValueError as error:
         raise ModelError(f"method {method.name}: {str(error).splitlines()[0]}") from error
     for parameter in adapted.parameters():

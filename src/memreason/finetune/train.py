@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 import signal
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from memreason.core.errors import RecipeError, StorageError
+from memreason.core.errors import RecipeError
+from memreason.core.files import writing
 from memreason.core.recipe import Recipe
 from memreason.encode.base import pick_dtype
 from memreason.encode.examples import Example, collate
@@ -23,6 +29,7 @@ from memreason.finetune.checkpoint import checkpoints_in, save_checkpoint
 __all__ = ["Evaluate", "train", "training_arguments"]
 
 Evaluate = Callable[[nn.Module], dict[str, float]]
+log = logging.getLogger("memreason")
 
 DEFAULTS: dict[str, Any] = {
     "num_train_epochs": 1,
@@ -35,6 +42,7 @@ DEFAULTS: dict[str, Any] = {
     "save_strategy": "epoch",
     "report_to": "none",
     "train_sampling_strategy": "group_by_length",
+    "ddp_find_unused_parameters": False,  # every method uses all that it trains
     "remove_unused_columns": False,
 }
 
@@ -74,12 +82,11 @@ class _TraceTrainer(Trainer):
         labels = inputs["labels"][:, 1:]
         # The union of supervised columns: question columns need no logits over the vocabulary.
         columns = (labels != -100).any(dim=0).nonzero().squeeze(-1)
-        virtual = getattr(getattr(model, "active_peft_config", None), "num_virtual_tokens", 0)
-        prompt = (
-            virtual if getattr(getattr(model, "active_peft_config", None), "peft_type", "") == "PROMPT_TUNING" else 0
-        )
+        # PEFT puts virtual prompt tokens in front of the inputs, so that columns move to the right.
+        adapter = getattr(self.accelerator.unwrap_model(model), "active_peft_config", None)
+        moved = adapter.num_virtual_tokens if adapter is not None and adapter.peft_type == "PROMPT_TUNING" else 0
         outputs = model(
-            input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], logits_to_keep=columns + prompt
+            input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], logits_to_keep=columns + moved
         )
         loss = nn.functional.cross_entropy(
             outputs.logits.float().flatten(0, 1), labels[:, columns].flatten(), ignore_index=-100, reduction="sum"
@@ -105,33 +112,28 @@ class _TraceTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Write aside, then rename: a kill never leaves half a checkpoint under its final name."""
-        final = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
-        if final.is_dir() and (final / "trainer_state.json").is_file():
+        run = Path(str(self.args.output_dir))
+        final, aside, limit = run / f"checkpoint-{self.state.global_step}", run / ".partial", self.args.save_total_limit
+        if final in checkpoints_in(run):
             return
-        aside = Path(str(self.args.output_dir)) / ".partial"
-        kept, self.args.output_dir = self.args.output_dir, str(aside)
-        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        self.args.output_dir, self.args.save_total_limit = str(aside), None
         try:
-            if self.args.should_save:
-                shutil.rmtree(aside, ignore_errors=True)
-            self.accelerator.wait_for_everyone()
-            super()._save_checkpoint(model, trial)
-            self.accelerator.wait_for_everyone()
-            if self.args.should_save:
-                shutil.rmtree(final, ignore_errors=True)
-                (aside / final.name).replace(final)
-                shutil.rmtree(aside, ignore_errors=True)
-        except OSError as error:
-            shutil.rmtree(aside, ignore_errors=True)
-            raise StorageError(
-                f"{final}: cannot be written ({error.strerror or error}). Earlier checkpoints are kept; "
-                "free space, then run the same command again to go on from the newest."
-            ) from error
+            with writing(final):
+                if self.args.should_save:
+                    shutil.rmtree(aside, ignore_errors=True)
+                self.accelerator.wait_for_everyone()
+                super()._save_checkpoint(model, trial)
+                self.accelerator.wait_for_everyone()
+                if self.args.should_save:
+                    shutil.rmtree(final, ignore_errors=True)
+                    (aside / final.name).replace(final)
         finally:
-            self.args.output_dir, self.args.save_total_limit = kept, limit
+            self.args.output_dir, self.args.save_total_limit = str(run), limit
+            if self.args.should_save:
+                shutil.rmtree(aside, ignore_errors=True)
         if self.args.should_save and limit:
             best = _best_step(self.state.log_history)
-            for old in [c for c in checkpoints_in(Path(str(kept))) if c.name != f"checkpoint-{best}"][:-limit]:
+            for old in [c for c in checkpoints_in(run) if c.name != f"checkpoint-{best}"][:-limit]:
                 shutil.rmtree(old)
         self.accelerator.wait_for_everyone()
 
@@ -147,27 +149,37 @@ class _StopCleanly(TrainerCallback):  # type: ignore[misc]
 
     stopped = False
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.previous = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        signals = (signal.SIGINT, signal.SIGTERM)
+        if threading.current_thread() is not threading.main_thread():  # only the main thread can be told of signals
+            signals = ()
+        previous = {number: signal.signal(number, self._note) for number in signals}
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
 
     def _note(self, number: int, _frame: Any) -> None:
         if self.stopped:
             raise KeyboardInterrupt
         self.stopped = True
-        print("\nStopping after this step; press Ctrl-C again to stop at once.", flush=True)
+        if PartialState().is_main_process:
+            print("\nStopping after this step; press Ctrl-C again to stop at once.", flush=True)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if PartialState().num_processes > 1:  # all stop at the same step, or the others wait for ever
+            self.stopped = any(gather_object([self.stopped]))
         if self.stopped:
-            control.should_save = control.should_training_stop = True
-            control.should_evaluate = False
+            # An epoch that is complete is evaluated and saved at its end: a resumed run would not evaluate it again.
+            control.should_save = control.should_save or not float(state.epoch).is_integer()
+            control.should_training_stop = True
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self.stopped:
-            control.should_evaluate = False
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        for number, handler in self.previous.items():
-            signal.signal(number, handler)
+            control.should_save = True
+            control.should_evaluate = control.should_evaluate and float(state.epoch).is_integer()
 
 
 def train(
@@ -179,6 +191,8 @@ def train(
     KeyboardInterrupt after a clean stop, StorageError if a checkpoint could not be written.
     """
     arguments = training_arguments(recipe)
+    if (recipe.train.model_extra or {}).get("fp16") and not arguments.fp16 and PartialState().is_main_process:
+        log.warning("train.fp16 needs a GPU: training in bf16 autocast here")
     if evaluate is None:
         arguments.eval_strategy = arguments.eval_strategy.__class__("no")
     pad = codec.tokenizer.pad_token_id if codec.tokenizer.pad_token_id is not None else codec.eos_id
@@ -194,12 +208,15 @@ def train(
         data_collator=partial(collate, pad_id=int(pad)),
         callbacks=[stop],
     )
-    earlier = checkpoints_in(recipe.folder)
-    done = trainer.train(resume_from_checkpoint=str(earlier[-1]) if earlier else None)
+    # Without the optimizer's state (save_only_model) the Trainer would go on, silently on another curve.
+    earlier = [str(c) for c in checkpoints_in(recipe.folder) if (c / "optimizer.pt").is_file()]
+    with stop.listening():
+        done = trainer.train(resume_from_checkpoint=earlier[-1] if earlier else None)
     if stop.stopped:
         raise KeyboardInterrupt
     if trainer.args.should_save:
-        trainer.save_state()
+        with writing(recipe.folder / "trainer_state.json"):
+            trainer.save_state()
     step = _best_step(trainer.state.log_history)
     complete = checkpoints_in(recipe.folder)
     chosen = recipe.folder / f"checkpoint-{step}"

@@ -1,0 +1,95 @@
+"""Questions to traces: shared out over processes, kept on disk batch by batch, resumable."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from torch import nn
+from tqdm import tqdm
+
+from memreason.core.files import append_jsonl, read_jsonl, write_jsonl
+from memreason.core.recipe import EvalRecipe
+from memreason.core.trace import Question, Trace
+from memreason.encode.scheme import Codec
+from memreason.generate.engine import Generation, generate
+
+__all__ = ["answer_questions", "read_samples"]
+
+Sample = dict[str, Any]
+
+
+def answer_questions(
+    model: nn.Module,
+    codec: Codec,
+    questions: Sequence[Question],
+    settings: EvalRecipe,
+    *,
+    label: str = "answering",
+    folder: Path | None = None,
+) -> list[Trace]:
+    """Generate a trace for each question, shared out over processes, each question answered once.
+
+    With a folder, every batch is appended to its samples and a second call goes on where the first stopped.
+    """
+    state = PartialState()
+    done = read_samples(folder) if folder else []
+    state.wait_for_everyone()  # all have read before one writes
+    skip = frozenset(_key(line) for line in done)
+    mine = list(questions)[state.process_index :: state.num_processes]
+    own = "samples.jsonl" if state.is_main_process else f"samples-{state.process_index}.jsonl"
+    fresh: list[Sample] = []
+    training = model.training
+    model.eval()
+    left = sum((question.id, n) not in skip for question in mine for n in range(settings.n_samples))
+    with tqdm(total=left, desc=label, unit="q", disable=not state.is_main_process) as bar:
+        for batch in generate(model, codec, mine, settings, skip=skip):
+            lines = [_sample(codec, generation) for generation in batch]
+            if folder is not None:
+                append_jsonl(folder / own, lines)
+            fresh += lines
+            bar.update(len(lines))
+    model.train(training)
+    lines = _in_order(done + (gather_object(fresh) if state.num_processes > 1 else fresh), questions)
+    if folder is not None and state.is_main_process:
+        _settle(folder, lines)
+    state.wait_for_everyone()
+    return [Trace.from_json(line) for line in lines]
+
+
+def read_samples(folder: Path) -> list[Sample]:
+    """The samples of an evaluation folder, those of every process."""
+    paths = sorted(folder.glob("samples*.jsonl"))
+    return [line for path in paths for _, line in read_jsonl(path, torn_tail=True)]
+
+
+def _key(line: Sample) -> tuple[str, int]:
+    return line["id"], line["meta"]["sample"]
+
+
+def _in_order(lines: list[Sample], questions: Sequence[Question]) -> list[Sample]:
+    order = {question.id: number for number, question in enumerate(questions)}
+    once = {_key(line): line for line in lines if line["id"] in order}
+    return [once[key] for key in sorted(once, key=lambda key: (order[key[0]], key[1]))]
+
+
+def _settle(folder: Path, lines: list[Sample]) -> None:
+    """All is answered: one file in the order of the questions. The other processes' files go last."""
+    write_jsonl(folder / "samples.jsonl", lines)
+    for path in folder.glob("samples-*.jsonl"):
+        path.unlink()
+
+
+def _sample(codec: Codec, generation: Generation) -> Sample:
+    """One line of samples.jsonl: trace, ids, and the log-probability of each generated id."""
+    trace = codec.parse(generation.question, generation.ids)
+    given = len(generation.ids) - len(generation.logprobs)
+    return {
+        **trace.to_json(),
+        "ids": generation.ids,
+        "logprobs": [round(value, 5) for value in generation.logprobs],
+        "meta": {**generation.question.meta, "sample": generation.sample, "given": given},
+    }

@@ -1,0 +1,95 @@
+"""What a person reads in the terminal: traces, each kind in its colour, and the figures of a run."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from memreason.core.trace import LETTERS, Trace
+from memreason.generate.answer import read_samples
+from memreason.measure.score import score_trace
+
+__all__ = ["console", "figures", "note", "print_results", "print_samples", "print_trace"]
+
+console = Console(highlight=False)
+COLOURS = {"memory": "cyan", "reason": "yellow"}
+
+
+def note(text: str) -> None:
+    """One dim line about something that was left out or decided."""
+    console.print(Text("note: ", style="dim").append(text))
+
+
+def print_trace(trace: Trace, verdict: str = "") -> None:
+    """One trace, each kind in its colour."""
+    text = Text(trace.question.text + "\n", style="bold")
+    for letter, choice in zip(LETTERS, trace.question.choices or (), strict=False):
+        text.append(f"  {letter}. {choice}\n", style="not bold")
+    for step in trace.steps:
+        kind = "+".join(step.kinds) or "line"
+        text.append(f"  {kind:>7} ", style=f"bold {COLOURS.get(kind, 'white')}")
+        text.append(step.text + "\n", style=f"not bold {COLOURS.get(kind, 'white')}")
+    text.append(f"   answer {trace.answer or '(none)'}", style="bold green")
+    if verdict:
+        wanted = "" if verdict == "correct" else f", gold {trace.question.answer}"
+        text.append(f"  {verdict.replace('_', ' ')}{wanted}", style="green" if verdict == "correct" else "red")
+    if trace.faults:
+        text.append(f"\n  faults: {', '.join(trace.faults)}", style="red")
+    console.print(text, "")
+
+
+def figures(title: str, rows: Sequence[tuple[str, str]]) -> None:
+    """Names and values in two columns; values are never cut, so that a path can be copied."""
+    table = Table(title=title, show_header=False, box=None, title_style="bold", title_justify="left", pad_edge=False)
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in rows:
+        table.add_row(name, value)
+    console.print(table)
+
+
+def print_results(results: dict[str, Any]) -> None:
+    """The figures of one evaluation, and where its files lie."""
+    low, high = results["interval"]
+    figures(
+        f"{results['task']} / {results['split']}",
+        [
+            ("questions", f"{results['n']}"),
+            ("accuracy", f"{results['accuracy']:.3f}  (95 % Wilson {low:.3f} to {high:.3f})"),
+            ("chance, majority class", f"{results['chance']:.3f}, {results['majority']:.3f}"),
+            ("no answer", f"{results['no_answer']:.3f}"),
+            ("well-formed traces", f"{results['well_formed']:.3f}"),
+            ("lines per trace", ", ".join(f"{kind} {count:.2f}" for kind, count in results["blocks"].items())),
+            ("tokens per trace", f"{results['tokens_per_trace']:.1f}"),
+            ("time", f"{results['seconds']:.0f} s"),
+            ("peak memory", f"{results['peak_memory'] / 2**30:.1f} GiB"),
+        ],
+    )
+    folder = Path(results["folder"])
+    figures(
+        "\nWhere it lies",
+        [
+            ("run", str(folder.parents[2])),
+            ("checkpoint", results["checkpoint"]),
+            ("figures", str(folder / "results.json")),
+            ("every trace", str(folder / "samples.jsonl")),
+            ("to read", str(folder / "generations.txt")),
+        ],
+    )
+
+
+def print_samples(results: dict[str, Any], count: int = 4, seed: int = 0) -> None:
+    """A few coloured traces of an evaluation, a wrong one among them if there is one."""
+    traces = [Trace.from_json(line) for line in read_samples(Path(results["folder"]))]
+    scored = [(trace, score_trace(trace).verdict) for trace in traces]
+    random.Random(seed).shuffle(scored)
+    wrong = [pair for pair in scored if pair[1] != "correct"][:1]
+    right = [pair for pair in scored if pair[1] == "correct"]
+    for trace, verdict in (right[: count - len(wrong)] + wrong)[:count]:
+        print_trace(trace, verdict)
