@@ -36,11 +36,11 @@ def test_lines_and_answers_follow_from_facts(split: str) -> None:
             assert trace.steps[-1].text.endswith(f" is {right} ({question.answer}).")
         else:
             assert trace.steps[-1].text.endswith("the same." if question.answer == "True" else "different.")
-        facts = question.facts or ()
-        if question.meta["form"] == "same_continent":
-            assert (facts[0]["object"] == facts[1]["object"]) == (question.answer == "True")
-        if question.meta["form"] == "same_initial":
-            assert (facts[0]["object"][0] == facts[1]["object"][0]) == (question.answer == "True")
+        if question.meta["form"] in ("same_continent", "three_on_continent", "capitals_on_continent"):
+            continents = {fact["object"] for fact in question.facts or () if fact["relation"] == "continent"}
+            assert (len(continents) == 1) == (question.answer == "True")
+        if question.meta["form"] == "capital_is":
+            assert (question.facts[0]["object"] in question.text) == (question.answer == "True")
 
 
 def test_balance_size_and_seed() -> None:
@@ -49,6 +49,8 @@ def test_balance_size_and_seed() -> None:
     assert len({trace.question.id for trace in traces}) == 300
     for row in atlas_table(traces):
         assert row["majority"] <= row["chance"] + 0.05
+    two = sum(trace.question.choices is None for trace in traces)
+    assert two == len(traces) / 2  # as many true / false as multiple choice
     assert make_atlas("test", 50) == make_atlas("test", 50)
     assert make_atlas("test", 50) != make_atlas("test", 50, seed=1)
     for split in SIZES:
@@ -66,8 +68,8 @@ def test_false_and_unknown_lines() -> None:
     assert memory_line_true("The capital of Peru is Bogota.") is False
     assert memory_line_true("The capital of Kazakhstan is Nur-Sultan.") is True
     assert memory_line_true("The capital of Kazakhstan is Astana.") is True
-    assert memory_line_true("Astana is the capital of Kazakhstan.") is True
-    assert memory_line_true("Bogota is the capital of Peru.") is False
+    assert memory_line_true("Peru borders Bolivia.") is True
+    assert memory_line_true("Peru borders Kenya.") is False
     assert memory_line_true("Peru is nice.") is None
 
 

@@ -242,7 +242,7 @@ VERBS = {
             "--split": SPLIT,
             "-n": {"type": int, "default": 2000, "help": "how many (default: 2000)"},
             "--seed": {"type": int, "default": 0, "help": "which questions are drawn"},
-            "--hops": {"type": int, "nargs": "+", "help": "how many lines must be combined: 1, 2, 4"},
+            "--hops": {"type": int, "nargs": "+", "help": "how many lines must be combined, 1 to 4"},
             "--obscurity": {"type": float, "nargs": 2, "metavar": ("LOW", "HIGH"), "help": "population rank, 0 to 1"},
         },
     ),

@@ -44,11 +44,6 @@ def _capital(c: Country) -> Fact:
     return f"The capital of {c.name} is {c.capital}.", (c.name, "capital", c.capital)
 
 
-def _capital_of(c: Country) -> Fact:
-    """The same fact told from the city, for questions that name only the city."""
-    return f"{c.capital} is the capital of {c.name}.", (c.name, "capital", c.capital)
-
-
 def _currency(c: Country) -> Fact:
     return f"The currency of {c.name} is the {c.currency}.", (c.name, "currency", c.currency)
 
@@ -57,13 +52,11 @@ def _continent(c: Country) -> Fact:
     return f"{_cap(c.name)} lies in {c.continent}.", (c.name, "continent", c.continent)
 
 
-def _truth(
-    text: str, stated: Sequence[Fact], pair: tuple[str, str], about: Sequence[Country], says: str = ""
-) -> _Draft:
-    """True if the pair is equal. The line names both before it judges, for a small model cannot look ahead."""
+def _truth(text: str, stated: Sequence[Fact], compared: Sequence[str], about: Sequence[Country]) -> _Draft:
+    """True if all that is compared is equal. The line names it before it judges: a small model cannot look ahead."""
     lines, facts = zip(*stated, strict=True)
-    same = pair[0] == pair[1]
-    reason = f"{says or ' and '.join(pair)} are {'the same' if same else 'different'}."
+    same = len(set(compared)) == 1
+    reason = f"{', '.join(compared[:-1])} and {compared[-1]} are {'the same' if same else 'different'}."
     return _Draft(text, None, lines, reason, str(same), tuple(about), facts)
 
 
@@ -109,13 +102,6 @@ def _capital_choice(r: random.Random, pool: _Pool, slot: int) -> _Draft | None:
     return _choice(text, [c.capital for c in four], a.capital, slot % 4, [_capital(a)], [a])
 
 
-def _country_of_capital(r: random.Random, pool: _Pool, slot: int) -> _Draft | None:
-    four = r.sample(pool.all, 4)
-    a = four[0]
-    text = f"Of which country is {a.capital} the capital?"
-    return _choice(text, [c.name for c in four], a.name, slot % 4, [_capital_of(a)], [a])
-
-
 def _continent_choice(r: random.Random, pool: _Pool, slot: int) -> _Draft:
     a = r.choice(pool.fixed)
     others = r.sample([name for name in CONTINENTS.values() if name != a.continent], 3)
@@ -136,13 +122,6 @@ def _neighbour_choice(r: random.Random, pool: _Pool, slot: int) -> _Draft | None
     return _choice(f"Which of these countries borders {a.name}?", options, b.name, slot % 4, stated, [a, b])
 
 
-def _currency_is(r: random.Random, pool: _Pool, slot: int) -> _Draft:
-    a = r.choice(pool.all)
-    others = sorted({c.currency for c in pool.all} - {a.currency})
-    named = r.choice(others) if slot % 2 and others else a.currency
-    return _truth(f"Is the {named} the currency of {a.name}?", [_currency(a)], (a.currency, named), [a])
-
-
 def _continent_is(r: random.Random, pool: _Pool, slot: int) -> _Draft:
     a = r.choice(pool.fixed)
     asked = _other_continent(r, a) if slot % 2 else a.continent
@@ -153,22 +132,41 @@ def _other_continent(r: random.Random, country: Country) -> str:
     return r.choice([name for name in CONTINENTS.values() if name != country.continent])
 
 
+def _some(r: random.Random, pool: _Pool, n: int, alike: bool) -> list[Country] | None:
+    """`n` countries that do or do not all lie on one continent, None if this draw has none such."""
+    some = r.sample(pool.fixed, n)
+    if n == 3 and alike:  # by chance alone one draw in twenty would do
+        kin = [c for c in pool.fixed if c.continent == some[0].continent]
+        some = r.sample(kin, n) if len(kin) >= n else some
+    return some if (len({c.continent for c in some}) == 1) == alike else None
+
+
 def _same_continent(r: random.Random, pool: _Pool, slot: int) -> _Draft | None:
-    a, b = r.sample(pool.fixed, 2)
-    if (a.continent == b.continent) == bool(slot % 2):
+    pair = _some(r, pool, 2, slot % 2 == 0)
+    if not pair:
         return None
+    a, b = pair
     text = f"Do {a.name} and {b.name} lie on the same continent?"
-    return _truth(text, [_continent(a), _continent(b)], (a.continent, b.continent), [a, b])
+    return _truth(text, [_continent(a), _continent(b)], [a.continent, b.continent], pair)
 
 
-def _same_initial(r: random.Random, pool: _Pool, slot: int) -> _Draft | None:
-    a, b = r.sample(pool.all, 2)
-    letters = a.capital[0], b.capital[0]
-    if (letters[0] == letters[1]) == bool(slot % 2):
+def _three_on_continent(r: random.Random, pool: _Pool, slot: int) -> _Draft | None:
+    three = _some(r, pool, 3, slot % 2 == 0)
+    if not three:
         return None
-    text = f"Do the capitals of {a.name} and {b.name} begin with the same letter?"
-    says = f"{a.capital} begins with {letters[0]}, {b.capital} with {letters[1]}, which"
-    return _truth(text, [_capital(a), _capital(b)], letters, [a, b], says)
+    a, b, c = three
+    text = f"Do {a.name}, {b.name} and {c.name} all lie on the same continent?"
+    return _truth(text, [_continent(one) for one in three], [one.continent for one in three], three)
+
+
+def _capitals_on_continent(r: random.Random, pool: _Pool, slot: int) -> _Draft | None:
+    pair = _some(r, pool, 2, slot % 2 == 0)
+    if not pair:
+        return None
+    a, b = pair
+    text = f"Do the capitals of {a.name} and {b.name} lie on the same continent?"
+    stated = [_capital(a), _continent(a), _capital(b), _continent(b)]
+    return _truth(text, stated, [a.continent, b.continent], pair)
 
 
 def _capital_on_continent(r: random.Random, pool: _Pool, slot: int) -> _Draft:
@@ -176,6 +174,13 @@ def _capital_on_continent(r: random.Random, pool: _Pool, slot: int) -> _Draft:
     asked = _other_continent(r, a) if slot % 2 else a.continent
     text = f"Does the capital of {a.name} lie in {asked}?"
     return _truth(text, [_capital(a), _continent(a)], (a.continent, asked), [a])
+
+
+def _continent_of_capital(r: random.Random, pool: _Pool, slot: int) -> _Draft:
+    a = r.choice(pool.fixed)
+    others = r.sample([name for name in CONTINENTS.values() if name != a.continent], 3)
+    text, stated = f"Where does the capital of {a.name} lie?", [_capital(a), _continent(a)]
+    return _choice(text, [a.continent, *others], a.continent, slot % 4, stated, [a])
 
 
 def _country_on_continent(r: random.Random, pool: _Pool, slot: int) -> _Draft | None:
@@ -203,16 +208,16 @@ def _currency_choice(r: random.Random, pool: _Pool, slot: int) -> _Draft | None:
 # name -> (draw, facts that must be combined, chance)
 FORMS: dict[str, tuple[Draw, int, float]] = {
     "capital_is": (_capital_is, 1, 1 / 2),
-    "currency_is": (_currency_is, 1, 1 / 2),
     "continent_is": (_continent_is, 1, 1 / 2),
     "same_continent": (_same_continent, 2, 1 / 2),
-    "same_initial": (_same_initial, 2, 1 / 2),
     "capital_on_continent": (_capital_on_continent, 2, 1 / 2),
+    "three_on_continent": (_three_on_continent, 3, 1 / 2),
+    "capitals_on_continent": (_capitals_on_continent, 4, 1 / 2),
     "capital_choice": (_capital_choice, 1, 1 / 4),
-    "country_of_capital": (_country_of_capital, 1, 1 / 4),
     "continent_choice": (_continent_choice, 1, 1 / 4),
     "currency_choice": (_currency_choice, 1, 1 / 4),
     "neighbour_choice": (_neighbour_choice, 1, 1 / 4),
+    "continent_of_capital": (_continent_of_capital, 2, 1 / 4),
     "country_on_continent": (_country_on_continent, 3, 1 / 3),
 }
 
