@@ -27,8 +27,11 @@ demo: setup
 soak: setup
 	$(BIN)/pytest -m soak
 
+# SHARED is a folder with the published files: data/labelled and data/outputs.
+SHARED ?= ../shared
 bench: setup
-	$(BIN)/python benchmarks/published_verdicts.py --shared ../shared
+	$(BIN)/python benchmarks/published_verdicts.py --shared $(SHARED)
+	$(BIN)/python benchmarks/published_arguments.py --shared $(SHARED)
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,50 @@
+"""Run every `memreason` line of the README in its order, in a fresh folder beside the run that `make demo` made.
+
+Fails unless each of them succeeds. The published file that the README imports is taken from --shared; without that
+folder, the line that needs it is named as not run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def commands() -> list[str]:
+    blocks = re.findall(r"```\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    return [line for block in blocks for line in block.splitlines() if line.startswith("memreason ")]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--shared", type=Path, help="folder that holds data/labelled")
+    shared = parser.parse_args().shared
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        shutil.copytree(ROOT / "runs" / "demo", folder / "runs" / "demo")
+        for line in commands():
+            words = shlex.split(line, comments=True)[1:]
+            for name in re.findall(r"\S+_clean\.json", line) if shared else ():
+                shutil.copy(shared / "data" / "labelled" / name, folder)
+            if words[:2] == ["data", "import"] and not (folder / words[2]).is_file():
+                print(f"not run, {words[2]} is not here: {line}")
+                continue
+            start = time.monotonic()
+            command = [sys.executable, "-m", "memreason", *words]
+            done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+            print(f"{time.monotonic() - start:6.1f} s  exit {done.returncode}  {line}", flush=True)
+            if done.returncode:
+                sys.exit(done.stdout[-2000:] + done.stderr[-4000:])
+
+
+if __name__ == "__main__":
+    main()
