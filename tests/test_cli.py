@@ -100,6 +100,10 @@ def test_any_run_on_any_task(base: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert main(["eval", "out", "--task", "strategyqa", "--eval.n", "4", "--show", "1"]) == 0
     (folder,) = Path("out").glob("checkpoint-3/eval/strategyqa-test-*")
     assert read_json(folder / "results.json")["n"] == 4
+    assert main(["data", "atlas", "own.jsonl", "-n", "5", "--split", "validation"]) == 0
+    assert main(["eval", "out", "--task", "own.jsonl", "--eval.n", "3"]) == 0
+    (folder,) = Path("out").glob("checkpoint-3/eval/own-test-*")
+    assert read_json(folder / "results.json")["n"] == 3
     capsys.readouterr()
     assert main(["eval", "out", "--task", "nonsense"]) == 2
     assert "unknown task 'nonsense'" in capsys.readouterr().err

@@ -113,16 +113,11 @@ def _data_list(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
 
 
 def _data_show(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
-    from memreason.core.files import read_traces
     from memreason.core.recipe import DataRecipe
     from memreason.data import tasks
     from memreason.report.terminal import print_trace
 
-    if arguments.source not in tasks.TASKS and Path(arguments.source).exists():
-        traces = read_traces(arguments.source)[: arguments.n]
-    else:
-        traces = tasks.load_eval(arguments.source, arguments.split, DataRecipe(), arguments.n)
-    for trace in traces:
+    for trace in tasks.load_eval(arguments.source, arguments.split, DataRecipe(), arguments.n):
         print_trace(trace)
 
 
@@ -197,7 +192,7 @@ VERBS = {
         "evaluate a run or checkpoint, on its own task or another",
         {
             "path": {"nargs": "?", **RUN},
-            "--task": {"help": "another task"},
+            "--task": {"help": "another task, or a .jsonl file of own questions"},
             "--show": {"type": int, "default": 0, "metavar": "N", "help": "print N coloured traces"},
             "--base": BASE,
         },
@@ -218,7 +213,7 @@ VERBS = {
         _data_show,
         "print a few traces of a task or file",
         {
-            "source": {"help": "task or trace file"},
+            "source": {"help": "task or .jsonl file of traces"},
             "--split": SPLIT,
             "-n": {"type": int, "default": 3, "help": "how many (default: 3)"},
         },

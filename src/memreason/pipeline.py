@@ -20,7 +20,7 @@ from memreason.core.errors import RecipeError
 from memreason.core.files import file_hash, read_json, settings_hash, write_json, write_text
 from memreason.core.recipe import EvalRecipe, Recipe, load_recipe
 from memreason.core.trace import Question, Trace
-from memreason.data.tasks import TASKS, Splits, load_eval, load_splits, task_named
+from memreason.data.tasks import TASKS, Splits, load_eval, load_splits
 from memreason.encode.base import load_model, load_tokenizer
 from memreason.encode.examples import Examples, coloured_mask, encode_trace, encode_traces, pack_stream
 from memreason.encode.scheme import Codec, TokenScheme
@@ -202,11 +202,10 @@ def evaluate(
     recipe, state = loaded.recipe, PartialState()
     settings = settings or recipe.eval
     task = settings.task or recipe.data.task
-    task_named(task)
     gold = load_eval(task, settings.split, recipe.data, settings.n, seed=settings.seed)
     spec = {**settings.model_dump(mode="json", exclude={"batch_size"}), "base": base, **model_changes}
     spec["questions"] = [trace.question.id for trace in gold]
-    folder = loaded.folder / "eval" / f"{task}-{settings.split}-{settings_hash(spec)}"
+    folder = loaded.folder / "eval" / f"{Path(task).stem}-{settings.split}-{settings_hash(spec)}"
     if torch.cuda.is_available() and not getattr(loaded.model, "is_quantized", False):
         loaded.model.to(state.device)
     start, before = time.monotonic(), len(read_samples(folder))

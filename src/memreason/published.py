@@ -136,7 +136,6 @@ PUBLISHED_DEFAULTS = {
     "train.num_train_epochs": 3,
     "train.per_device_train_batch_size": 8,
     "train.warmup_steps": 0,
-    "train.train_sampling_strategy": "random",
     "data.validation": 0.0,
 }
 MARKS = ("dataset", "model_name_or_path")

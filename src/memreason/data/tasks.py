@@ -76,16 +76,24 @@ def task_named(name: str) -> Task:
     return TASKS[name]
 
 
+def is_file(name: str) -> bool:
+    """Whether a task's name is a file of one's own traces."""
+    return name.endswith(".jsonl")
+
+
 def imported_file(task: str, split: str) -> Path:
     """Where `memreason data import` puts a split."""
     return cache_dir() / "data" / task / f"{split}.jsonl"
 
 
 def load_eval(name: str, split: str, data: DataRecipe, n: int | None, seed: int = 0) -> list[Trace]:
-    """Questions of a split, drawn without replacement; `n` None means all (atlas: 300).
+    """Questions of a split, drawn without replacement; `n` None means all (atlas: 300). `name` may be a trace file.
 
     Raises TaskError for an unknown task or split, or for more questions than there are.
     """
+    if is_file(name):
+        own = read_traces(name)
+        return subset(own, min(n, len(own)), seed=seed) if n else own
     task = task_named(name)
     if split not in task.splits:
         raise TaskError(f"task {name} has no split {split!r}. It has: {', '.join(task.splits)}.")

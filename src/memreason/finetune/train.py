@@ -17,6 +17,7 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import ProgressCallback
 
 from memreason.core.errors import RecipeError
 from memreason.core.files import writing
@@ -41,7 +42,7 @@ DEFAULTS: dict[str, Any] = {
     "eval_strategy": "epoch",
     "save_strategy": "epoch",
     "report_to": "none",
-    "train_sampling_strategy": "group_by_length",
+    "disable_tqdm": False,  # else Transformers drops the bar at log level error
     "ddp_find_unused_parameters": False,  # every method uses all that it trains
     "remove_unused_columns": False,
 }
@@ -182,6 +183,15 @@ class _StopCleanly(TrainerCallback):  # type: ignore[misc]
             control.should_evaluate = control.should_evaluate and float(state.epoch).is_integer()
 
 
+class _Bar(ProgressCallback):  # type: ignore[misc]
+    """Steps, rate and time left, with the loss behind them instead of a line for each log."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        if self.training_bar is not None and logs:
+            shown = {name: logs[name] for name in ("loss", "eval_acc") if name in logs}
+            self.training_bar.set_postfix({name: f"{float(value):.3f}" for name, value in shown.items()})
+
+
 def train(
     recipe: Recipe, model: nn.Module, codec: Codec, examples: Sequence[Example], evaluate: Evaluate | None = None
 ) -> dict[str, Any]:
@@ -208,6 +218,9 @@ def train(
         data_collator=partial(collate, pad_id=int(pad)),
         callbacks=[stop],
     )
+    if not arguments.disable_tqdm:
+        trainer.remove_callback(ProgressCallback)
+        trainer.add_callback(_Bar)
     # Without the optimizer's state (save_only_model) the Trainer would go on, silently on another curve.
     earlier = [str(c) for c in checkpoints_in(recipe.folder) if (c / "optimizer.pt").is_file()]
     with stop.listening():
