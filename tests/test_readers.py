@@ -131,8 +131,8 @@ def test_without_network_the_error_names_a_remedy():
 
 
 def test_unknown_tasks_splits_and_copies_are_errors(tmp_path):
-    with pytest.raises(TaskError, match="Known: strategyqa"):
-        read_hub("gsm8k", "train")
+    with pytest.raises(TaskError, match="Known: "):
+        read_hub("nonsense", "train")
     with pytest.raises(TaskError, match="It has: train, test"):
         read_hub("strategyqa", "validation")
     with pytest.raises(DataError, match="no such file or folder"):

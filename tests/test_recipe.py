@@ -52,9 +52,23 @@ def test_every_mistake_at_once() -> None:
 
 def test_refused_flags_say_which_feature() -> None:
     with pytest.raises(RecipeError) as caught:
-        translate(["--dataset", "gsm8k", "--use_calculator", "True", "--plan_first", "True", "--nonsense"], train=True)
+        translate(["--dataset", "x", "--use_calculator", "True", "--plan_first", "True", "--nonsense"], train=True)
     assert len(caught.value.problems) == 4
     assert "planning-token family" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("value", "kinds", "step_types"),
+    [
+        ("none", [], "labelled"),
+        ("memory", ["reason", "memory"], "labelled"),
+        ("+-*/", ["+", "-", "*", "/"], "arithmetic"),
+    ],
+)
+def test_published_step_types(value: str, kinds: list[str], step_types: str) -> None:
+    overrides, _ = translate(["--dataset", "gsm8k", "--extract_step_type_tokens", value], train=True)
+    recipe = load_recipe(None, overrides)
+    assert (recipe.tokens.kinds, recipe.data.step_types, recipe.data.task) == (kinds, step_types, "gsm8k")
 
 
 def test_overrides_and_print(capsys: pytest.CaptureFixture[str]) -> None:

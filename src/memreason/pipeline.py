@@ -71,7 +71,7 @@ def _scheme(recipe: Recipe) -> TokenScheme:
     tokens, task = recipe.tokens, TASKS.get(recipe.data.task, TASKS["atlas"])
     return TokenScheme(
         n_prefix=tokens.n_prefix if tokens.add else 0,
-        n_special=tokens.n_special if tokens.add else 0,
+        n_special=tokens.n_special if tokens.add and tokens.kinds else 0,
         kinds=tuple(tokens.kinds),
         placement=tokens.placement,
         question_template=ALPACA if tokens.template == "alpaca" else task.question_template,

@@ -19,15 +19,16 @@ LATER = {
     "k-shot": "k-shot demonstrations come with the planning-token family",
     "placement": "this placement comes with the planning-token family",
     "hard": "hard prompts come with the planning-token family",
-    "tasks": "the arithmetic and plain-fact tasks come with the planning-token family",
 }
 DATASETS = {
+    **{name: name for name in ("gsm8k", "math", "aqua", "svamp", "qa")},
     "stratgeqa_agent": "strategyqa",
     "strategyqa_agent": "strategyqa",
     "commonsenseqa_agent": "commonsenseqa",
     "truthfulqa_agent": "truthfulqa",
     "truthfulqa_agent_crossdomain": "truthfulqa",
 }
+STEP_TYPES: dict[str, list[str]] = {"none": [], "memory": ["reason", "memory"], "+-*/": ["+", "-", "*", "/"]}
 METHODS = {"none": "full", **{name: name for name in ("lora", "prompt-tuning", "lora+prompt-tuning", "prefix-tuning")}}
 
 
@@ -57,18 +58,12 @@ def _off(later: str) -> Callable[[str], Any]:
     return read
 
 
-def _dataset(value: str) -> str:
-    if value in ("gsm8k", "math", "aqua", "svamp", "qa"):
-        raise ValueError(f"{value} not yet: {LATER['tasks']}")
-    return str(_choice(DATASETS)(value))
-
-
 def _step_type(value: str) -> Any:
-    if value in ("none", "memory"):
-        return ["reason", "memory"] if value == "memory" else []
-    if value in ("+-*/", "vae", "vae-next-step", "vae-contrastive", "tf-idf", "k-means", "balanced-k-means"):
+    if value in ("vae", "vae-next-step", "vae-contrastive", "tf-idf", "k-means", "balanced-k-means"):
         raise ValueError(f"{value} not yet: {LATER['step types']}")
-    raise ValueError(f"{value!r} does nothing in the published code; use none or memory")
+    if value not in STEP_TYPES:
+        raise ValueError(f"{value!r} does nothing in the published code; use one of {', '.join(STEP_TYPES)}")
+    return STEP_TYPES[value]
 
 
 def _nothing(value: str) -> None:
@@ -82,7 +77,7 @@ def _if(result: Any) -> Callable[[str], Any]:
 # flag -> (recipe field, how its value is read). None as a value leaves the recipe's default; "" as a
 # field is a flag without an effect here (its reason stands behind it).
 FLAGS: dict[str, tuple[str, Callable[[str], Any]]] = {
-    "dataset": ("data.task", _dataset),
+    "dataset": ("data.task", _choice(DATASETS)),
     "model_name_or_path": ("model.base", str),
     "hf_hub_token": ("env.HF_TOKEN", str),
     "add_soft_prompts": ("tokens.add", _bool),
@@ -128,6 +123,7 @@ PUBLISHED_DEFAULTS = {
     "tokens.n_prefix": 3,
     "tokens.n_special": 3,
     "tokens.add": False,
+    "tokens.kinds": [],
     "method.name": "full",
     "method.lora_module": "mlp",
     "train.select_on": "test",
@@ -183,8 +179,10 @@ def translate(arguments: Sequence[str], *, train: bool) -> tuple[list[tuple[str,
             continue
         if field.startswith("env."):
             environment[field[4:]] = str(result)
-        elif field and result is not None and result != []:
+        elif field and result is not None:
             overrides[field] = result
+    if overrides.get("tokens.kinds") == STEP_TYPES["+-*/"]:
+        overrides["data.step_types"] = "arithmetic"
     if train and "eval.n" in overrides:
         overrides["train.n_select"] = overrides["eval.n"]
     if problems:

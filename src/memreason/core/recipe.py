@@ -60,6 +60,9 @@ class DataRecipe(Stage):
     validation: float = Field(
         0.1, ge=0, lt=1, description="share of the training traces held out where a task has no validation split"
     )
+    step_types: Literal["labelled", "arithmetic"] = Field(
+        "labelled", description="kinds of steps: as labelled, or the operators + - * / of each line"
+    )
     hops: list[int] | None = Field(None, description="atlas: how many lines must be combined")
     obscurity: tuple[float, float] | None = Field(None, description="atlas: range of population rank, 0 to 1")
     seed: int = Field(0, description="which questions are drawn")

@@ -1,6 +1,6 @@
 """Reads questions of public data sets through `datasets`, from the hub or a local copy.
 
-Questions come as traces without steps: the steps are what a teacher, a rule or a model adds.
+Where a set holds no solutions, questions come as traces without steps: those are what a teacher or a model adds.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 
 from memreason.core.errors import DataError, TaskError
 from memreason.core.trace import LETTERS, Question, Trace
+from memreason.data.solved import aqua_rows, facts_as_steps, gsm8k_rows, math_rows, svamp_rows
 
 __all__ = ["HUB_TASKS", "HubTask", "commonsenseqa_rows", "read_hub", "strategyqa_rows", "truthfulqa_rows"]
 
@@ -118,8 +119,18 @@ class HubTask:
     cut: bool = False
 
 
+def _qa_rows(rows: Rows, split: str = "") -> list[Trace]:
+    return facts_as_steps(strategyqa_rows(rows, split), "qa")
+
+
+BOTH = {"train": "train", "test": "test"}
 HUB_TASKS = {
-    "strategyqa": HubTask("ChilleD/StrategyQA", strategyqa_rows, {"train": "train", "test": "test"}),
+    "qa": HubTask("ChilleD/StrategyQA", _qa_rows, BOTH),
+    "gsm8k": HubTask("openai/gsm8k", gsm8k_rows, BOTH, config="main"),
+    "math": HubTask("DigitalLearningGmbH/MATH-lighteval", math_rows, BOTH, config="default"),
+    "aqua": HubTask("deepmind/aqua_rat", aqua_rows, BOTH, config="raw"),
+    "svamp": HubTask("ChilleD/SVAMP", svamp_rows, BOTH),
+    "strategyqa": HubTask("ChilleD/StrategyQA", strategyqa_rows, BOTH),
     "commonsenseqa": HubTask("tau/commonsense_qa", commonsenseqa_rows, {"train": "train", "test": "validation"}),
     "truthfulqa": HubTask(
         "truthfulqa/truthful_qa",

@@ -10,6 +10,7 @@ from memreason.core.errors import DataError, TaskError
 from memreason.core.files import cache_dir, read_traces
 from memreason.core.recipe import DataRecipe
 from memreason.core.trace import Trace
+from memreason.data.arithmetic import label_arithmetic
 from memreason.data.atlas import make_atlas
 from memreason.data.mix import carve_validation, leak_guard, mix, subset
 from memreason.data.published import import_published
@@ -29,8 +30,10 @@ class Task:
     published: dict[str, str]
     question_template: str = "Question: {question}{choices}\n"
     choice_template: str = " {letter}. {choice}"
+    solved: bool = False  # the hub's rows carry solutions, so they can be trained on as they are
 
 
+SPLITS = ("train", "test")
 TASKS = {
     "atlas": Task(
         ("train", "validation", "test"),
@@ -39,22 +42,29 @@ TASKS = {
         choice_template=" {choice} ({letter})",
     ),
     "strategyqa": Task(
-        ("train", "test"),
+        SPLITS,
         "true or false, several hops (ChilleD/StrategyQA)",
         {"train": "StrategyQA_train_clean.json", "test": "StrategyQA_test_clean.json"},
     ),
     "commonsenseqa": Task(
-        ("train", "test"),
+        SPLITS,
         "five choices (tau/commonsense_qa)",
         {"train": "commonsense_qa_train_clean_CC.json", "test": "commonsense_qa_test_clean_CC.json"},
         "Question: {question}{choices}\n",
         " {letter}.{choice}",
     ),
     "truthfulqa": Task(
-        ("train", "test"),
+        SPLITS,
         "several choices (truthfulqa/truthful_qa, mc1)",
         {"train": "truthful_qa_train_clean_CC.json", "test": "truthful_qa_test_clean_CC.json"},
     ),
+    "gsm8k": Task(SPLITS, "school arithmetic with solutions (openai/gsm8k)", {}, solved=True),
+    "math": Task(
+        SPLITS, "competition mathematics (DigitalLearningGmbH/MATH-lighteval)", {}, solved=True
+    ),
+    "aqua": Task(SPLITS, "arithmetic, five choices, with rationales (deepmind/aqua_rat)", {}, solved=True),
+    "svamp": Task(SPLITS, "one-equation word problems (ChilleD/SVAMP)", {}, solved=True),
+    "qa": Task(SPLITS, "StrategyQA with its own gold facts as memory lines (ChilleD/StrategyQA)", {}, solved=True),
 }
 
 
@@ -99,20 +109,21 @@ def load_eval(name: str, split: str, data: DataRecipe, n: int | None, seed: int 
         raise TaskError(f"task {name} has no split {split!r}. It has: {', '.join(task.splits)}.")
     if name == "atlas":
         return make_atlas(split, n or 300, seed=data.seed, hops=data.hops, obscurity=data.obscurity)
-    traces = _stored(name, task, split)
-    if traces is None:
-        traces = read_hub(name, split)
+    traces = _stored(name, task, split) or read_hub(name, split)
     return subset(traces, min(n, len(traces)), seed=seed) if n else traces
 
 
-def _stored(name: str, task: Task, split: str) -> list[Trace] | None:
+def _stored(name: str, task: Task, split: str, warn: Callable[[str], None] | None = None) -> list[Trace] | None:
     """Traces that the user imported, else the published folder's, else None."""
     imported = imported_file(name, split)
     if imported.is_file():
         return read_traces(imported)
     published = PUBLISHED_FOLDER / task.published.get(split, "")
     if published.is_file():
-        return import_published(published, name)[0]
+        traces, report = import_published(published, name)
+        if warn and report.read != report.kept:
+            warn(f"{published}: {report.kept} of {report.read} rows kept; `memreason data import` names the others")
+        return traces
     return None
 
 
@@ -128,13 +139,16 @@ def load_splits(data: DataRecipe, warn: Callable[[str], None] = print) -> Splits
         held = make_atlas("validation", 100, seed=data.seed, hops=data.hops, obscurity=data.obscurity)
         return Splits(train, held, [])
     else:
-        stored = _stored(data.task, task_named(data.task), "train")
+        task = task_named(data.task)
+        stored = _stored(data.task, task, "train", warn) or (read_hub(data.task, "train") if task.solved else None)
         if stored is None:
             raise DataError(
                 f"task {data.task} has questions but no labelled traces here. Import some (memreason data import FILE "
                 f"--task {data.task} --split train) or give --data FILE.jsonl."
             )
         traces = stored
+    if data.step_types == "arithmetic":
+        traces = [label_arithmetic(trace) for trace in traces]
     unlabelled = [trace for trace in traces if not trace.steps]
     if unlabelled:
         warn(f"left out {len(unlabelled)} traces without steps")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -63,11 +64,12 @@ class TokenScheme:
 
     def question_text(self, question: Question) -> str:
         choices = "".join(
-            self.choice_template.format(letter=letter, choice=choice)
+            self.choice_template.replace("{letter}", letter).replace("{choice}", choice)
             for letter, choice in zip(LETTERS, question.choices or (), strict=False)
         )
-        # replace(), not format(): braces in a question are ordinary characters.
-        return self.question_template.replace("{choices}", choices).replace("{question}", question.text)
+        # One pass and no format(): braces in a question or a choice are ordinary characters.
+        texts = {"{question}": question.text, "{choices}": choices}
+        return re.sub(r"\{(?:question|choices)\}", lambda field: texts[field[0]], self.question_template)
 
     def save(self, folder: Path) -> None:
         write_json(folder / SCHEME_FILE, asdict(self))

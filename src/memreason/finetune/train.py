@@ -152,7 +152,7 @@ class _StopCleanly(TrainerCallback):  # type: ignore[misc]
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        signals = (signal.SIGINT, signal.SIGTERM)
+        signals: tuple[signal.Signals, ...] = (signal.SIGINT, signal.SIGTERM)
         if threading.current_thread() is not threading.main_thread():  # only the main thread can be told of signals
             signals = ()
         previous = {number: signal.signal(number, self._note) for number in signals}

@@ -98,7 +98,7 @@ def _number(line: str, choices: int) -> Found | None:
 
 
 def _text(line: str, choices: int) -> Found | None:
-    text = " ".join(re.sub(r"[\s.*_`\"'“”‘’)\]}]+$", "", line).split())
+    text = " ".join(re.sub(r"[\s.*_$`\"'“”‘’)\]}]+$", "", line).split())
     return (text, len(line)) if text else None
 
 

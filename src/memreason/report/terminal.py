@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from memreason.core.trace import LETTERS, Trace
@@ -45,13 +44,12 @@ def print_trace(trace: Trace, verdict: str = "") -> None:
 
 
 def figures(title: str, rows: Sequence[tuple[str, str]]) -> None:
-    """Names and values in two columns; values are never cut, so that a path can be copied."""
-    table = Table(title=title, show_header=False, box=None, title_style="bold", title_justify="left", pad_edge=False)
-    table.add_column(style="dim", no_wrap=True)
-    table.add_column(overflow="fold")
+    """Names and values in two columns; a long path is never broken, so that it can be copied."""
+    if title:
+        console.print(Text(title, style="bold"))
+    width = max(len(name) for name, _ in rows)
     for name, value in rows:
-        table.add_row(name, value)
-    console.print(table)
+        console.print(Text(f"  {name:<{width}}  ", style="dim").append(value, style="not dim"), soft_wrap=True)
 
 
 def print_results(results: dict[str, Any]) -> None:
@@ -73,7 +71,7 @@ def print_results(results: dict[str, Any]) -> None:
     )
     folder = Path(results["folder"])
     figures(
-        "\nWhere it lies",
+        "where it lies",
         [
             ("run", str(folder.parents[2])),
             ("checkpoint", results["checkpoint"]),
