@@ -41,11 +41,6 @@ ALPACA = (
 )
 
 
-def _note(text: str) -> None:
-    if PartialState().is_main_process:
-        note(text)
-
-
 @dataclass(frozen=True)
 class _Prepared:
     """What stands before training: traces, the tokenizer with its planning tokens, and the examples of both."""
@@ -56,13 +51,13 @@ class _Prepared:
 
 
 def _prepare(recipe: Recipe) -> _Prepared:
-    splits = load_splits(recipe.data, warn=_note)
+    splits = load_splits(recipe.data, warn=note)
     settings = recipe.model
     tokenizer = load_tokenizer(settings.base, revision=settings.revision, trust_remote_code=settings.trust_remote_code)
     codec = add_tokens(_scheme(recipe), tokenizer)
     examples = encode_traces(codec, splits.train, recipe.train.model_max_length, cut=recipe.train.cut)
     if examples.dropped or examples.cut:
-        _note(f"{examples.dropped} traces dropped, {examples.cut} cut: over {recipe.train.model_max_length} tokens")
+        note(f"{examples.dropped} traces dropped, {examples.cut} cut: over {recipe.train.model_max_length} tokens")
     return _Prepared(splits, codec, examples)
 
 
@@ -107,7 +102,7 @@ def train(recipe: Recipe, *, fresh: bool = False) -> Path:
     training_arguments(recipe)  # a wrong argument must show before anything is loaded
     manifest = folder / "manifest.json"
     if manifest.is_file() and read_json(manifest).get("best"):
-        _note(f"{folder} is trained already; --fresh trains it anew")
+        note(f"{folder} is trained already; --fresh trains it anew")
         return folder
     start = time.monotonic()
     ready = _prepare(recipe)
@@ -168,7 +163,7 @@ def _selector(recipe: Recipe, codec: Codec, splits: Splits) -> Callable[[nn.Modu
     """The function that chooses the epoch: accuracy on held-out questions."""
     if recipe.train.select_on == "test":
         held = load_eval(recipe.data.task, "test", recipe.data, recipe.train.n_select, seed=recipe.seed)
-        _note("epochs are chosen on the test split, as published; the accuracy of the best one is optimistic")
+        note("epochs are chosen on the test split, as published; the accuracy of the best one is optimistic")
     else:
         held = splits.validation[: recipe.train.n_select]
     if not held:
@@ -212,12 +207,14 @@ def evaluate(
     questions = [trace.question for trace in gold]
     label = f"{task}/{settings.split}"
     traces = answer_questions(loaded.model, loaded.codec, questions, settings, label=label, folder=folder)
-    results: dict[str, Any] = {
+    lengths = [len(line["ids"]) for line in read_samples(folder)]
+    results = {
         **summarise([(trace, score_trace(trace)) for trace in traces]),
         "task": task,
         "split": settings.split,
         "checkpoint": str(loaded.folder),
         "select_on": recipe.train.select_on,
+        "tokens_per_trace": sum(lengths) / max(1, len(lengths)),
         "seconds": round(time.monotonic() - start, 1),
         "answered_before": before,
         "peak_memory": peak_memory(),
@@ -225,8 +222,6 @@ def evaluate(
         "folder": str(folder),
     }
     if state.is_main_process:
-        lengths = [len(line["ids"]) for line in read_samples(folder)]
-        results["tokens_per_trace"] = sum(lengths) / max(1, len(lengths))
         write_json(folder / "results.json", results)
         write_text(folder / "generations.txt", "".join(_generation(loaded.codec, trace) for trace in traces))
     return results

@@ -10,31 +10,45 @@ from memreason.core.trace import Step, Trace
 __all__ = ["OPERATORS", "arithmetic_kinds", "label_arithmetic"]
 
 OPERATORS = ("+", "-", "*", "/")
-WRITTEN = {"×": "*", "÷": "/", "−": "-", r"\times": "*", r"\cdot": "*", r"\div": "/"}
-FRACTION = re.compile(r"\\[dt]?frac\s*(?:\{[^{}]*\}|\d)\s*(?:\{[^{}]*\}|\d)")
+SIGNS = str.maketrans("×∗·⋅÷∕⁄−–", "****///--", "$€£¢&")  # one sign for each operator; currencies and $LaTeX$ go
+LATEX = (
+    (re.compile(r"\\(?:times|cdot)(?![A-Za-z])"), "*"),  # not \cdots
+    (re.compile(r"\\div(?![A-Za-z])"), "/"),
+    (re.compile(r"\\[dtc]?frac(?![A-Za-z])"), "1/1 "),  # its braces stay, with the operators in them
+    (re.compile(r"\\(?:left|right)(?![A-Za-z])|\\[,!;:%\s]"), ""),
+)
+TIMES = re.compile(r"(?:(?<=[\d)%])\s*|(?<=\w)\s+)[xX]\s*(?=\(?\.?\d)")  # 4 x 3, 5 boxes x 3; not 4x + 3
 ANNOTATION = re.compile(r"<<([^<>=]*)=[^<>]*>>")  # <<48/2=24>> of GSM8K
-# An operator counts between two operands of one line that holds an equals sign: not the hyphen of a word, the
-# sign of a number, nor a date.
-EQUATION = re.compile(r"[^=\n]*=[^=\n]*")
-OPERATOR = re.compile(r"(?<=[\w)}%.])\s*([+*/-])\s*(?=[\w({$\\.])")
-HYPHEN = re.compile(r"(?<=[A-Za-z]{2})[-/](?=[A-Za-z]{2})|\b\d+[-/]\d+[-/]\d+\b")
+EQUALS = re.compile(r"=|≈|\\approx")
+NO_OPERATOR = re.compile(
+    r"""\b(?:19|20)\d\d([-/])[01]\d\1[0-3]\d\b | \b[0-3]?\d([-/])[0-3]?\d\2(?:19|20)\d\d\b  # dates, not 12-4-3
+    | (?<=\w)-(?=[a-z]{2}) | (?<=[a-z]{2})-(?=[A-Z])  # hyphens: well-known, 8-hour, non-EU
+    | (?<=[A-Za-z\d])/(?=[a-z]{2}) | (?<=[a-z])/(?=[hs]\b)  # rates: 5/day, km/h
+    | (?<=[a-z.]{2})\s+-(?=[\d.(\\])  # signs: "it is -5", "\le -3"
+    | _\{[^{}]*\}  # indices: a_{n-1}""",
+    re.VERBOSE,
+)
+# What is left counts between two operands; the second one may carry a sign.
+OPERATOR = re.compile(r"(?<=[\w)\]}%.!|°])\s*([+*/-])\s*(?=-?[\d.(]|[\w({\[\\|√])")
 
 
 def arithmetic_kinds(text: str) -> tuple[str, ...]:
     """Operators of a line in the order in which they first stand; () if it computes nothing.
 
-    Annotations such as <<3*5+2=17>> decide where there are some, plain equations otherwise.
+    Annotations such as <<3*5+2=17>> decide where there are some, a plain equation otherwise.
     """
     annotated = ANNOTATION.findall(text)
-    plain = " ; ".join(annotated) if annotated else _plain_equations(text)
-    return tuple(dict.fromkeys(OPERATOR.findall(plain)))
+    if not annotated and not EQUALS.search(text):
+        return ()
+    plain = _one_spelling(" ; ".join(annotated) or text)
+    return tuple(dict.fromkeys(OPERATOR.findall(plain if annotated else NO_OPERATOR.sub(" ", plain))))
 
 
-def _plain_equations(text: str) -> str:
-    for written, operator in WRITTEN.items():
-        text = text.replace(written, operator)
-    text = HYPHEN.sub(" ", FRACTION.sub("1/1", text))
-    return " ; ".join(EQUATION.findall(text))
+def _one_spelling(text: str) -> str:
+    """The same formula with + - * / alone."""
+    for written, operator in LATEX:
+        text = written.sub(operator, text)
+    return TIMES.sub("*", text.translate(SIGNS))
 
 
 def label_arithmetic(trace: Trace) -> Trace:

@@ -59,9 +59,7 @@ TASKS = {
         {"train": "truthful_qa_train_clean_CC.json", "test": "truthful_qa_test_clean_CC.json"},
     ),
     "gsm8k": Task(SPLITS, "school arithmetic with solutions (openai/gsm8k)", {}, solved=True),
-    "math": Task(
-        SPLITS, "competition mathematics (DigitalLearningGmbH/MATH-lighteval)", {}, solved=True
-    ),
+    "math": Task(SPLITS, "competition mathematics (DigitalLearningGmbH/MATH-lighteval)", {}, solved=True),
     "aqua": Task(SPLITS, "arithmetic, five choices, with rationales (deepmind/aqua_rat)", {}, solved=True),
     "svamp": Task(SPLITS, "one-equation word problems (ChilleD/SVAMP)", {}, solved=True),
     "qa": Task(SPLITS, "StrategyQA with its own gold facts as memory lines (ChilleD/StrategyQA)", {}, solved=True),
@@ -121,8 +119,12 @@ def _stored(name: str, task: Task, split: str, warn: Callable[[str], None] | Non
     published = PUBLISHED_FOLDER / task.published.get(split, "")
     if published.is_file():
         traces, report = import_published(published, name)
-        if warn and report.read != report.kept:
-            warn(f"{published}: {report.kept} of {report.read} rows kept; `memreason data import` names the others")
+        lost = len(report.unknown) + len(report.empty)
+        if warn and (lost or report.read != report.kept):
+            warn(
+                f"{published}: {report.kept} of {report.read} traces kept, {lost} steps left out; "
+                "`memreason data import` names them"
+            )
         return traces
     return None
 
@@ -137,7 +139,7 @@ def load_splits(data: DataRecipe, warn: Callable[[str], None] = print) -> Splits
     elif data.task == "atlas":
         train = make_atlas("train", data.n_train or 2000, seed=data.seed, hops=data.hops, obscurity=data.obscurity)
         held = make_atlas("validation", 100, seed=data.seed, hops=data.hops, obscurity=data.obscurity)
-        return Splits(train, held, [])
+        return Splits(_with_kinds(train, data), _with_kinds(held, data), [])
     else:
         task = task_named(data.task)
         stored = _stored(data.task, task, "train", warn) or (read_hub(data.task, "train") if task.solved else None)
@@ -147,8 +149,7 @@ def load_splits(data: DataRecipe, warn: Callable[[str], None] = print) -> Splits
                 f"--task {data.task} --split train) or give --data FILE.jsonl."
             )
         traces = stored
-    if data.step_types == "arithmetic":
-        traces = [label_arithmetic(trace) for trace in traces]
+    traces = _with_kinds(traces, data)
     unlabelled = [trace for trace in traces if not trace.steps]
     if unlabelled:
         warn(f"left out {len(unlabelled)} traces without steps")
@@ -164,6 +165,10 @@ def load_splits(data: DataRecipe, warn: Callable[[str], None] = print) -> Splits
     if not train:
         raise DataError(f"no training traces are left of {data.paths or data.task}")
     return Splits(train, validation, leaked, files)
+
+
+def _with_kinds(traces: list[Trace], data: DataRecipe) -> list[Trace]:
+    return [label_arithmetic(trace) for trace in traces] if data.step_types == "arithmetic" else traces
 
 
 def _path_and_weight(spec: str) -> tuple[Path, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ from memreason.measure.score import score_trace
 
 __all__ = ["console", "figures", "note", "print_results", "print_samples", "print_trace"]
 
-console = Console(highlight=False)
+console = Console(highlight=False, quiet=os.environ.get("RANK", "0") != "0")  # of several processes one speaks
 COLOURS = {"memory": "cyan", "reason": "yellow"}
 
 
