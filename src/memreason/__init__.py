@@ -28,6 +28,7 @@ _PUBLIC = {
     "load_checkpoint": "memreason.finetune.checkpoint",
     "load_recipe": "memreason.core.recipe",
     "make_atlas": "memreason.data.atlas",
+    "merge": "memreason.publish.merge",
     "read_traces": "memreason.core.files",
     "run": "memreason.pipeline",
     "score": "memreason.measure.score",

@@ -81,7 +81,7 @@ def load_checkpoint(path: Path | str, *, base: str | None = None, **model_change
     scheme = TokenScheme.load(folder)
     recipe = load_recipe(folder / "recipe.yaml")
     codec = Codec(scheme, AutoTokenizer.from_pretrained(folder))
-    settings = recipe.model.model_copy(update={k: v for k, v in model_changes.items() if v is not None})
+    settings = recipe.model.model_copy(update=model_changes)
     if not (folder / ADAPTER).is_file():
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=pick_dtype(settings.dtype)).eval()
         return Checkpoint(folder, model, codec, recipe)
