@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import shutil
 import signal
 import threading
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
+from safetensors import SafetensorError
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import ProgressCallback
@@ -119,7 +121,7 @@ class _TraceTrainer(Trainer):
             return
         self.args.output_dir, self.args.save_total_limit = str(aside), None
         try:
-            with writing(final):
+            with writing(final), _full_disk_as_oserror():
                 if self.args.should_save:
                     shutil.rmtree(aside, ignore_errors=True)
                 self.accelerator.wait_for_everyone()
@@ -137,6 +139,17 @@ class _TraceTrainer(Trainer):
             for old in [c for c in checkpoints_in(run) if c.name != f"checkpoint-{best}"][:-limit]:
                 shutil.rmtree(old)
         self.accelerator.wait_for_everyone()
+
+
+@contextmanager
+def _full_disk_as_oserror() -> Iterator[None]:
+    """safetensors and torch.save report a full disk in classes of their own."""
+    try:
+        yield
+    except (SafetensorError, RuntimeError) as error:
+        if not re.search(r"os error \d+|inline_container|PytorchStreamWriter", str(error)):
+            raise
+        raise OSError(str(error).splitlines()[0]) from error
 
 
 def _best_step(history: Sequence[dict[str, Any]]) -> int | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,8 @@ def _settle(folder: Path, lines: list[Sample]) -> None:
 def _sample(codec: Codec, generation: Generation) -> Sample:
     """One line of samples.jsonl: trace, ids, and the log-probability of each generated id."""
     trace = codec.parse(generation.question, generation.ids)
+    if not generation.logprobs:
+        trace = replace(trace, faults=("question over the limit",))
     given = len(generation.ids) - len(generation.logprobs)
     return {
         **trace.to_json(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,8 @@ from memreason.encode.scheme import Codec
 from memreason.finetune.methods import is_adapted, merged_rows
 
 __all__ = ["Generation", "generate"]
+
+log = logging.getLogger("memreason")
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,7 @@ class _Row:
 
 
 def generate(
-    model: nn.Module,
+    model: Any,
     codec: Codec,
     questions: Sequence[Question],
     settings: EvalRecipe,
@@ -49,30 +52,35 @@ def generate(
 ) -> Iterator[list[Generation]]:
     """Answer each question `n_samples` times; yield finished batches, longest prompts first.
 
+    A question that leaves no room for an answer (settings.max_length, or the model's positions) gets no tokens.
     Greedy answers do not depend on the batch size in fp32; sampled ones draw from a generator of
     their own, seeded by question, sample and seed. `skip` holds (question id, sample) already done.
     """
+    room = getattr(model.config, "max_position_embeddings", None)
     rows = [
-        _start(codec, question, sample, settings)
+        _start(codec, question, sample, settings, room)
         for question in questions
         for sample in range(settings.n_samples)
         if (question.id, sample) not in skip
     ]
     rows.sort(key=lambda row: -len(row.prompt))
+    opening = codec.opening()
+    if too_long := [row for row in rows if row.limit < 1]:
+        log.warning("%d questions are longer than the limit of prompt and answer: they get none", len(too_long))
+        yield [Generation(row.question, row.sample, opening, []) for row in too_long]
+        rows = [row for row in rows if row.limit >= 1]
     choose = _chooser(model, settings)
     with torch.inference_mode(), merged_rows(model):
         for start in range(0, len(rows), settings.batch_size):
             batch = rows[start : start + settings.batch_size]
             _run(model, codec, batch, choose)
-            opening = codec.opening()
             yield [Generation(row.question, row.sample, opening + row.ids, row.logprobs) for row in batch]
 
 
-def _start(codec: Codec, question: Question, sample: int, settings: EvalRecipe) -> _Row:
+def _start(codec: Codec, question: Question, sample: int, settings: EvalRecipe, positions: int | None) -> _Row:
     prompt = codec.question_ids(question) + codec.opening()
-    limit = settings.max_new_tokens
-    if settings.max_length is not None:
-        limit = max(1, settings.max_length - len(prompt))  # the published limit counts the prompt
+    whole = settings.max_length or len(prompt) + settings.max_new_tokens  # the published limit counts the prompt
+    limit = min(whole, positions or whole) - len(prompt)
     seed = int(question.id[:12], 16) if _is_hex(question.id[:12]) else sum(question.id.encode())
     random = torch.Generator().manual_seed((seed ^ (settings.seed * 1000003 + sample)) % 2**63)
     return _Row(question, sample, prompt, limit, [], [], random)
