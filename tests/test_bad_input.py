@@ -62,7 +62,7 @@ def test_recipes(tmp_path: Path, content: bytes, says: str) -> None:
 def test_unknown_models_and_kinds(tmp_path: Path) -> None:
     base = save_base(tmp_path / "base")
     with pytest.raises(ModelError, match=r"nowhere: no such folder or GGUF file"):
-        pipeline.train(tiny_recipe(tmp_path, Path("./nowhere"), output_dir=str(tmp_path / "a")))
+        pipeline.train(tiny_recipe(tmp_path, tmp_path / "nowhere", output_dir=str(tmp_path / "a")))
     write_traces(tmp_path / "traces.jsonl", [Trace(Question("q?", "a"), (Step(("guess",), "t"),))])
     with pytest.raises(MemreasonError, match=r"kinds \['guess'\] are not in the token scheme"):
         pipeline.train(tiny_recipe(tmp_path, base, output_dir=str(tmp_path / "b")))
@@ -75,7 +75,7 @@ def test_questions_over_the_limit(tmp_path: Path, caplog: pytest.LogCaptureFixtu
     recipe = tiny_recipe(tmp_path, base, **{"train.model_max_length": 200})
     run = pipeline.train(recipe)
     assert read_json(run / "manifest.json")["dropped"] == 1
-    with pytest.raises(DataError, match="all exceed train.model_max_length = 20 tokens"):
+    with pytest.raises(DataError, match=r"all exceed train\.model_max_length = 20 tokens"):
         pipeline.train(
             tiny_recipe(tmp_path, base, **{"train.model_max_length": 20, "output_dir": str(tmp_path / "short")})
         )

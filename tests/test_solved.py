@@ -66,10 +66,13 @@ def test_solved_sets_are_trained_on_as_they_are(monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setattr(
         tasks,
         "read_hub",
-        lambda task, split: [Trace(Question(f"q{n}", "1", task), (Step((), "2*3 = 6"),)) for n in range(5)],
+        lambda task, split: [
+            Trace(Question(f"q{n}", "1", task), (Step((), "2*3 = 6"),)) for n in (range(6) if split == "train" else [5])
+        ],
     )
     splits = tasks.load_splits(DataRecipe(task="gsm8k", validation=0.2, step_types="arithmetic"))
     assert (len(splits.train), len(splits.validation)) == (4, 1)
+    assert [trace.question.text for trace in splits.leaked] == ["q5"]
     assert {step.kinds for trace in splits.train for step in trace.steps} == {("*",)}
     with pytest.raises(DataError, match="no labelled traces"):
         tasks.load_splits(DataRecipe(task="commonsenseqa"))
@@ -114,6 +117,7 @@ def test_bad_rows_name_their_place() -> None:
         math_rows([{"text": "x"}])
     assert boxed(r"\boxed{1} and \boxed{a_{b}}") == "a_{b}"
     assert boxed(r"\boxed{open") == ""
+    assert [boxed(text) for text in (r"so $x = \boxed 2$.", r"\fbox{3}", "none")] == ["2", "3", ""]
 
 
 @pytest.mark.parametrize(
@@ -124,6 +128,9 @@ def test_bad_rows_name_their_place() -> None:
         (r"The answer is: \frac{1}{2}", r"\frac{1}{2}", "correct"),
         (r"The answer is: \boxed{\frac{1}{2}}", r"\frac{1}{2}", "correct"),
         (r"The answer is: $x^2+1$", "x^2+1", "correct"),
+        (r"The answer is: $\text{(C)}$.", r"\text{(C)}", "correct"),
+        ("The answer is: (1,2)", "(1,2)", "correct"),
+        (r"The answer is: (-\infty,2)", r"(-\infty,2]", "wrong"),
         (r"The answer is: \frac{1}{3}", r"\frac{1}{2}", "wrong"),
     ],
 )

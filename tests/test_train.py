@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from conftest import byte_level, tiny_model, tiny_qwen
+from conftest import BASES, byte_level, save_base, tiny_model, tiny_recipe
 from memreason.core.errors import CheckpointError
-from memreason.core.recipe import EvalRecipe, Recipe, load_recipe
+from memreason.core.recipe import EvalRecipe, Recipe
 from memreason.core.trace import Question, Trace
 from memreason.encode.examples import encode_trace
 from memreason.encode.scheme import Codec, TokenScheme
@@ -19,38 +19,6 @@ from memreason.finetune.train import train
 from memreason.generate.engine import generate
 
 METHODS = ["full", "lora", "prompt-tuning", "lora+prompt-tuning", "prefix-tuning"]
-BASES = {
-    "tied": tiny_model,
-    "untied": lambda rows: tiny_model(rows, tied=False),
-    "padded": lambda rows: tiny_qwen(rows + 64),
-}
-
-
-def base_folder(tmp_path: Path, kind: str) -> Path:
-    folder = tmp_path / "base"
-    tokenizer = byte_level()
-    BASES[kind](len(tokenizer)).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
-def recipe_for(tmp_path: Path, base: Path, method: str, steps: int = 3) -> Recipe:
-    return load_recipe(
-        None,
-        {
-            "output_dir": str(tmp_path / "run"),
-            "model.base": str(base),
-            "model.dtype": "fp32",
-            "method.name": method,
-            "method.lora_dropout": 0.0,
-            "train.max_steps": steps,
-            "train.per_device_train_batch_size": 4,
-            "train.learning_rate": 1e-2,
-            "train.warmup_steps": 0,
-            "train.lr_scheduler_type": "constant",
-            "train.disable_tqdm": True,
-        },
-    )
 
 
 def live(base: Path, recipe: Recipe) -> tuple[torch.nn.Module, Codec]:
@@ -65,8 +33,8 @@ def live(base: Path, recipe: Recipe) -> tuple[torch.nn.Module, Codec]:
 @pytest.mark.parametrize("kind", BASES)
 @pytest.mark.parametrize("method", METHODS)
 def test_law_7_logits_survive_saving(tmp_path: Path, trace: Trace, kind: str, method: str) -> None:
-    base = base_folder(tmp_path, kind)
-    recipe = recipe_for(tmp_path, base, method)
+    base = save_base(tmp_path / "base", BASES[kind])
+    recipe = tiny_recipe(tmp_path, base, **{"method.name": method})
     model, codec = live(base, recipe)
     row = encode_trace(codec, trace)
     before = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
@@ -83,8 +51,8 @@ def test_law_7_logits_survive_saving(tmp_path: Path, trace: Trace, kind: str, me
 @pytest.mark.parametrize("kind", BASES)
 def test_rows_learn_to_be_emitted(tmp_path: Path, trace: Trace, kind: str) -> None:
     """Also on padded vocabularies, where the published code trains other rows than it uses."""
-    base = base_folder(tmp_path, kind)
-    recipe = recipe_for(tmp_path, base, "lora+prompt-tuning", steps=300)
+    base = save_base(tmp_path / "base", BASES[kind])
+    recipe = tiny_recipe(tmp_path, base, **{"train.max_steps": 300, "train.logging_steps": 50})
     model, codec = live(base, recipe)
     train(recipe, model, codec, [encode_trace(codec, trace)] * 8)
     model.eval()
@@ -122,15 +90,13 @@ def test_generation_matches_one_forward(byte_codec: Codec) -> None:
 
 
 def test_resume_continues_the_same_curve(tmp_path: Path, trace: Trace) -> None:
-    base = base_folder(tmp_path, "tied")
-    whole = recipe_for(tmp_path, base, "lora+prompt-tuning", steps=6)
-    extra = {"logging_steps": 1, "save_strategy": "steps", "save_steps": 2}
-    whole.train.model_extra.update(extra)
-    rows: list = []
+    base = save_base(tmp_path / "base")
+    changes = {"train.max_steps": 6, "train.save_strategy": "steps", "train.save_steps": 2}
+    whole = tiny_recipe(tmp_path, base, **changes)
 
     def losses(recipe: Recipe) -> list[float]:
         model, codec = live(base, recipe)
-        rows[:] = [encode_trace(codec, replace(trace, steps=trace.steps[: 1 + n % 2])) for n in range(24)]
+        rows = [encode_trace(codec, replace(trace, steps=trace.steps[: 1 + n % 2])) for n in range(24)]
         return [entry["loss"] for entry in train(recipe, model, codec, rows)["history"] if "loss" in entry]
 
     uninterrupted = losses(whole)
@@ -141,8 +107,8 @@ def test_resume_continues_the_same_curve(tmp_path: Path, trace: Trace) -> None:
 
 
 def test_foreign_checkpoints_are_refused(tmp_path: Path, trace: Trace) -> None:
-    base = base_folder(tmp_path, "tied")
-    recipe = recipe_for(tmp_path, base, "lora")
+    base = save_base(tmp_path / "base")
+    recipe = tiny_recipe(tmp_path, base, **{"method.name": "lora"})
     model, codec = live(base, recipe)
     folder = tmp_path / "checkpoint"
     save_checkpoint(folder, model, codec, recipe)
@@ -152,6 +118,7 @@ def test_foreign_checkpoints_are_refused(tmp_path: Path, trace: Trace) -> None:
     LlamaForCausalLM(
         LlamaConfig(vocab_size=500, hidden_size=16, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
     ).save_pretrained(other)
+    byte_level().save_pretrained(other)
     with pytest.raises(CheckpointError, match="does not fit the base model"):
         load_checkpoint(folder, base=str(other))
     (folder / "token_scheme.json").unlink()

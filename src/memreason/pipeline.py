@@ -86,6 +86,7 @@ def _trainable(recipe: Recipe, codec: Codec) -> Any:
         trust_remote_code=settings.trust_remote_code,
         random_initialize=settings.random_initialize,
         offload=settings.offload,
+        seed=recipe.seed,
     )
     add_rows(model, codec)
     checkpointing = bool((recipe.train.model_extra or {}).get("gradient_checkpointing"))

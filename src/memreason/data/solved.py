@@ -14,6 +14,7 @@ from memreason.core.trace import LETTERS, MEMORY, Question, Step, Trace
 __all__ = ["aqua_rows", "facts_as_steps", "gsm8k_rows", "math_rows", "svamp_rows"]
 
 Row = Mapping[str, Any]
+BOX = re.compile(r"\\(?:boxed|fbox)\s*")
 Solved = tuple[str, tuple[str, ...] | None, str, str]  # question, choices, solution, answer
 
 
@@ -27,28 +28,31 @@ def _math(row: Row) -> Solved:
 
 
 def _aqua(row: Row) -> Solved:
-    choices = tuple(re.sub(r"^\s*[A-Z]\s*\)\s*", "", option) for option in row["options"])
+    choices = tuple(re.sub(r"^(?:\s*[A-E]\s*\))+\s*", "", option) for option in row["options"])
     if row["correct"] not in LETTERS[: len(choices)]:
         raise ValueError(f"'correct' must be one of {LETTERS[: len(choices)]}, got {row['correct']!r}")
     return row["question"], choices, row["rationale"], row["correct"]
 
 
 def _svamp(row: Row) -> Solved:
-    answer = f"{float(row['Answer']):g}"
+    answer = f"{float(row['Answer']):.12g}"
     body = row.get("question_concat") or f"{row['Body'].strip()} {row['Question'].strip()}"
     return body, None, f"{row['Equation']} = {answer}", answer
 
 
 def boxed(solution: str) -> str:
-    r"""What stands in the last \boxed{...}, braces balanced; "" if there is none."""
-    start = solution.rfind("\\boxed{")
-    if start < 0:
-        return ""
+    r"""What stands in the last \boxed{...} or \fbox{...}, braces balanced; "" if there is none.
+
+    Two training rows of MATH have a box without braces: $\boxed 2$.
+    """
+    *_, rest = BOX.split(solution) if BOX.search(solution) else ("",)
+    if not rest.startswith("{"):
+        return rest.split("$")[0].strip()
     depth = 0
-    for place in range(start + 6, len(solution)):
-        depth += {"{": 1, "}": -1}.get(solution[place], 0)
+    for place, sign in enumerate(rest):
+        depth += {"{": 1, "}": -1}.get(sign, 0)
         if depth == 0:
-            return solution[start + 7 : place]
+            return rest[1:place]
     return ""
 
 

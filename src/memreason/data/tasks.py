@@ -132,6 +132,7 @@ def _stored(name: str, task: Task, split: str, warn: Callable[[str], None] | Non
 def load_splits(data: DataRecipe, warn: Callable[[str], None] = print) -> Splits:
     """Training and validation traces of a recipe, less every question that stands in the test split."""
     files: tuple[Path, ...] = ()
+    held_out: list[Trace] = []
     if data.paths:
         sources = [_path_and_weight(spec) for spec in data.paths]
         files = tuple(path for path, _ in sources)
@@ -142,23 +143,25 @@ def load_splits(data: DataRecipe, warn: Callable[[str], None] = print) -> Splits
         return Splits(_with_kinds(train, data), _with_kinds(held, data), [])
     else:
         task = task_named(data.task)
-        stored = _stored(data.task, task, "train", warn) or (read_hub(data.task, "train") if task.solved else None)
-        if stored is None:
+        traces = _stored(data.task, task, "train", warn) or []
+        if not traces and task.solved:  # `datasets` fetches all splits of a set together: the second one costs nothing
+            traces, held_out = (read_hub(data.task, split) for split in ("train", "test"))
+        if not traces:
             raise DataError(
                 f"task {data.task} has questions but no labelled traces here. Import some (memreason data import FILE "
                 f"--task {data.task} --split train) or give --data FILE.jsonl."
             )
-        traces = stored
     traces = _with_kinds(traces, data)
     unlabelled = [trace for trace in traces if not trace.steps]
     if unlabelled:
         warn(f"left out {len(unlabelled)} traces without steps")
         traces = [trace for trace in traces if trace.steps]
     leaked: list[Trace] = []
-    if data.task != "atlas" and (held_out := _stored(data.task, task_named(data.task), "test")):
+    if data.task != "atlas":
+        held_out = _stored(data.task, task_named(data.task), "test") or held_out
         traces, leaked = leak_guard(traces, held_out)
-        if leaked:
-            warn(f"left out {len(leaked)} training questions that stand in test, e.g. {leaked[0].question.text!r}")
+    if leaked:
+        warn(f"left out {len(leaked)} training questions that stand in test, e.g. {leaked[0].question.text!r}")
     if data.n_train:
         traces = subset(traces, min(data.n_train, len(traces)), seed=data.seed)
     train, validation = carve_validation(traces, data.validation, seed=data.seed) if data.validation else (traces, [])

@@ -91,7 +91,7 @@ def locate(base: str) -> tuple[str, dict[str, Any]]:
         return str(path.parent), {"gguf_file": path.name}
     if path.is_dir():
         return str(path), {}
-    if base.startswith((".", "/", "~")) or path.suffix == ".gguf":
+    if path.is_absolute() or base.startswith((".", "~")) or path.suffix == ".gguf":
         raise ModelError(f"{base}: no such folder or GGUF file")
     return base, {}
 

@@ -21,7 +21,7 @@ from memreason.core.errors import CheckpointError, ModelError
 from memreason.core.files import read_json, write_json
 from memreason.core.trace import ASSIGNMENT, LETTERS, MEMORY, REASON, Question, Step, Trace
 
-__all__ = ["PLACEMENTS", "Codec", "TokenScheme", "text_fingerprint"]
+__all__ = ["PLACEMENTS", "Codec", "TokenScheme", "bare_tokenizer", "text_fingerprint"]
 
 PLACEMENTS = ("each_step", "only_at_front")
 SCHEME_FILE = "token_scheme.json"
@@ -96,7 +96,7 @@ def text_fingerprint(text_tokenizer: Tokenizer) -> str:
     return hashlib.sha256(json.dumps([ids, text_tokenizer.get_vocab_size()]).encode()).hexdigest()[:16]
 
 
-def _without(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]) -> Tokenizer:
+def bare_tokenizer(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str] = ()) -> Tokenizer:
     """The base tokenizer: no planning tokens, and control tokens in a text are ordinary characters."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
@@ -128,7 +128,7 @@ class Codec:
             raise CheckpointError(f"the tokenizer lacks {missing} of the token scheme: they do not belong together")
         self.scheme = scheme
         self.tokenizer = tokenizer
-        self.text_tokenizer = _without(tokenizer, scheme.tokens)
+        self.text_tokenizer = bare_tokenizer(tokenizer, scheme.tokens)
         fingerprint = text_fingerprint(self.text_tokenizer)
         if scheme.tokenizer and scheme.tokenizer != fingerprint:
             raise CheckpointError(

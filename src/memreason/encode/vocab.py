@@ -10,7 +10,7 @@ from tokenizers import AddedToken
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from memreason.core.errors import ModelError
-from memreason.encode.scheme import Codec, TokenScheme, _without, text_fingerprint
+from memreason.encode.scheme import Codec, TokenScheme, bare_tokenizer, text_fingerprint
 
 __all__ = ["add_rows", "add_tokens"]
 
@@ -25,7 +25,7 @@ def add_tokens(scheme: TokenScheme, tokenizer: PreTrainedTokenizerBase) -> Codec
     known = [token for token in scheme.tokens if token in tokenizer.get_vocab()]
     if known:
         raise ModelError(f"the base tokenizer already holds {known}; choose other kinds")
-    fingerprint = text_fingerprint(_without(tokenizer, []))
+    fingerprint = text_fingerprint(bare_tokenizer(tokenizer))
     # special=False and normalized=False: they survive skip_special_tokens and the normaliser (law 5).
     tokenizer.add_tokens([AddedToken(token, special=False, normalized=False) for token in scheme.tokens])
     return Codec(replace(scheme, tokenizer=fingerprint), tokenizer)

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
+from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from memreason.core.errors import CheckpointError
 from memreason.core.files import write_text
 from memreason.core.recipe import Recipe, load_recipe
-from memreason.encode.base import load_model, pick_dtype
-from memreason.encode.scheme import SCHEME_FILE, Codec, TokenScheme
+from memreason.encode.base import load_model, load_tokenizer, pick_dtype
+from memreason.encode.scheme import SCHEME_FILE, Codec, TokenScheme, bare_tokenizer, text_fingerprint
 from memreason.encode.vocab import add_rows
 from memreason.finetune.methods import keep_head_bias
 
@@ -80,11 +83,14 @@ def load_checkpoint(path: Path | str, *, base: str | None = None, **model_change
     folder = resolve(path)
     scheme = TokenScheme.load(folder)
     recipe = load_recipe(folder / "recipe.yaml")
-    codec = Codec(scheme, AutoTokenizer.from_pretrained(folder))
+    codec = Codec(scheme, _tokenizer(folder))
     settings = recipe.model.model_copy(update=model_changes)
     if not (folder / ADAPTER).is_file():
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=pick_dtype(settings.dtype)).eval()
+        with _readable(folder, "its weights cannot be read"):
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=pick_dtype(settings.dtype)).eval()
         return Checkpoint(folder, model, codec, recipe)
+    if base:
+        _check_tokenizer(base, folder, recipe, scheme)
     source = base or settings.base
     loaded = load_model(
         source,
@@ -92,13 +98,35 @@ def load_checkpoint(path: Path | str, *, base: str | None = None, **model_change
         quantize=settings.quantize,
         revision=settings.revision,
         trust_remote_code=settings.trust_remote_code,
+        random_initialize=settings.random_initialize,
         offload=settings.offload,
+        seed=recipe.seed,
     )
     add_rows(loaded, codec)
-    try:
+    with _readable(folder, f"adapter_model.safetensors is broken or does not fit the base model {source}"):
         adapted = PeftModel.from_pretrained(loaded, str(folder)).eval()
-    except (RuntimeError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise CheckpointError(f"{folder}: does not fit the base model {source} ({reason})") from error
     keep_head_bias(adapted)
     return Checkpoint(folder, adapted, codec, recipe)
+
+
+@contextmanager
+def _readable(folder: Path, problem: str) -> Iterator[None]:
+    """Transformers, PEFT and safetensors each raise classes of their own for files that they cannot use."""
+    try:
+        yield
+    except (RuntimeError, ValueError, OSError, SafetensorError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(f"{folder}: {problem} ({reason})") from error
+
+
+def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    with _readable(folder, "its tokenizer cannot be read"):
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
+    return tokenizer
+
+
+def _check_tokenizer(base: str, folder: Path, recipe: Recipe, scheme: TokenScheme) -> None:
+    """A base that is named by hand may have the right shape and still another vocabulary."""
+    tokenizer = load_tokenizer(base, trust_remote_code=recipe.model.trust_remote_code)
+    if scheme.tokenizer and text_fingerprint(bare_tokenizer(tokenizer)) != scheme.tokenizer:
+        raise CheckpointError(f"{folder}: trained on {recipe.model.base}, with another tokenizer than {base} has")

@@ -115,6 +115,10 @@ def _same(found: str, gold: str, kind: Kind) -> bool:
     return bare[0] == bare[1] if kind == "text" else found == wanted
 
 
+def _outer(text: str) -> str:
+    return text.strip(" .*_$:`\"'").casefold()
+
+
 def _several(line: str, found: Found, read: Reader, choices: int) -> bool:
     """Whether another answer is joined to this one: "A or B", "True/False"."""
     join = JOIN.match(line, found[1])
@@ -157,7 +161,9 @@ def _score(text: str, gold: str, choices: int | None, kind: Kind, rules: tuple[R
         return Score("no_answer", None, f"{rule}, no {kind} behind it", evidence)
     if kind != "text" and _several(line, found, read, limit):
         return Score("no_answer", None, f"{rule}, several answers", evidence)
-    verdict: Literal["correct", "wrong"] = "correct" if _same(found[0], gold, kind) else "wrong"
+    # Gold in brackets, "(1,2)" or "\\text{(C)}": what was taken for wrapping belongs to the answer.
+    whole = kind == "text" and _outer(text[end : start + len(line)]) == _outer(gold)
+    verdict: Literal["correct", "wrong"] = "correct" if whole or _same(found[0], gold, kind) else "wrong"
     return Score(verdict, found[0], rule, text[begin : start + found[1]])
 
 
