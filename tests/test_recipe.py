@@ -5,7 +5,7 @@ import pytest
 from memreason.cli import main
 from memreason.core.errors import RecipeError
 from memreason.core.recipe import load_recipe, shipped
-from memreason.published import translate
+from memreason.published import differences, translate
 
 TRAIN = (
     "--model_name_or_path M --add_soft_prompts True --hf_hub_token TOKEN --num_general_prefix_tokens 2 "
@@ -55,6 +55,13 @@ def test_refused_flags_say_which_feature() -> None:
         translate(["--dataset", "x", "--use_calculator", "True", "--plan_first", "True", "--nonsense"], train=True)
     assert len(caught.value.problems) == 4
     assert "planning-token family" in str(caught.value)
+
+
+def test_an_eval_list_that_contradicts_its_checkpoint_is_told() -> None:
+    words = ["--dataset", "stratgeqa_agent", "--parameter_efficient_mode", "lora", "--add_soft_prompts", "True"]
+    overrides, _ = translate(words, train=False)
+    (line,) = differences(dict(overrides), load_recipe("demo"))
+    assert line == "method.name 'lora' is not what the checkpoint was trained with; 'lora+prompt-tuning' counts"
 
 
 @pytest.mark.parametrize(

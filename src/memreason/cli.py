@@ -67,7 +67,7 @@ MODEL_FIELDS = ("quantize", "dtype", "offload")
 
 
 def _eval(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
-    from memreason.published import is_published, pairs
+    from memreason.published import differences, is_published, pairs
 
     values, published = dict(_overrides(rest, train=False)), is_published(rest)
     base = arguments.base or dict(pairs(rest)).get("base_model_name_or_path")
@@ -75,6 +75,7 @@ def _eval(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
     if not path:
         raise RecipeError("a run or checkpoint is needed: memreason eval RUN", "eval")
     changes = {name: values.pop(f"model.{name}") for name in MODEL_FIELDS if f"model.{name}" in values}
+    training = dict(values)
     if published:
         values = {EVAL_FIELDS.get(key, key): value for key, value in values.items()}
         values = {key: value for key, value in values.items() if key.startswith("eval.")}
@@ -86,9 +87,11 @@ def _eval(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
     from memreason import pipeline
     from memreason.core.recipe import load_recipe
     from memreason.finetune.checkpoint import load_checkpoint
-    from memreason.report.terminal import print_results, print_samples
+    from memreason.report.terminal import note, print_results, print_samples
 
     loaded = load_checkpoint(path, base=base, **changes)
+    for line in differences(training, loaded.recipe) if published else ():
+        note(line)
     trained = {f"eval.{key}": value for key, value in loaded.recipe.eval.model_dump().items()}
     settings = load_recipe(None, {**trained, **values}).eval
     results = pipeline.evaluate(path, settings=settings, base=base, checkpoint=loaded, **changes)

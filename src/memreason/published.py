@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from memreason.core.errors import RecipeError
-from memreason.core.recipe import training_argument_types
+from memreason.core.recipe import Recipe, training_argument_types
 
-__all__ = ["is_published", "translate"]
+__all__ = ["apply_environment", "differences", "is_published", "pairs", "translate"]
 
 LATER = {
     "step types": "clustered step types come with `memreason step-types`",
@@ -195,3 +195,18 @@ def apply_environment(environment: dict[str, str]) -> None:
     os.environ.update(
         {name: str(Path(v).resolve()) if name == "HF_HUB_CACHE" else v for name, v in environment.items()}
     )
+
+
+def differences(overrides: Mapping[str, Any], recipe: Recipe) -> list[str]:
+    """What an eval list says of the training otherwise than the checkpoint's recipe, which is what counts."""
+    trained = {
+        f"{stage}.{field}": value
+        for stage, fields in recipe.model_dump().items()
+        if stage in ("tokens", "method")
+        for field, value in fields.items()
+    }
+    return [
+        f"{key} {value!r} is not what the checkpoint was trained with; {trained[key]!r} counts"
+        for key, value in overrides.items()
+        if key in trained and trained[key] != value
+    ]
