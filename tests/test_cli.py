@@ -108,7 +108,7 @@ def test_any_run_on_any_task(base: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert main(["eval", "out", "--task", "nonsense"]) == 2
     assert "unknown task 'nonsense'" in capsys.readouterr().err
     assert main(["eval", "out", "--train.learning_rate", "1"]) == 2
-    assert "only eval.* and model.*" in capsys.readouterr().err
+    assert "--train.learning_rate: only eval.* and model.quantize" in capsys.readouterr().err
 
 
 def test_own_files_with_weights(base: Path, capsys: pytest.CaptureFixture[str]) -> None:

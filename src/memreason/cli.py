@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
-from memreason.core.errors import MemreasonError, ModelError, RecipeError
+from memreason.core.errors import MemreasonError, RecipeError
 
 __all__ = ["main"]
 
@@ -61,39 +61,27 @@ def _train(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
         print_results(results)
 
 
-# What a published eval list repeats of the training is read from the checkpoint; these are the evaluation's own.
-EVAL_FIELDS = {"data.task": "eval.task", "seed": "eval.seed"}
-MODEL_FIELDS = ("quantize", "dtype", "offload")
-
-
 def _eval(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
-    from memreason.published import differences, is_published, pairs
+    from memreason.published import differences, is_published, of_evaluation, pairs
 
     values, published = dict(_overrides(rest, train=False)), is_published(rest)
     base = arguments.base or dict(pairs(rest)).get("base_model_name_or_path")
     path = arguments.path or (values.get("model.base") if published else None)
     if not path:
         raise RecipeError("a run or checkpoint is needed: memreason eval RUN", "eval")
-    changes = {name: values.pop(f"model.{name}") for name in MODEL_FIELDS if f"model.{name}" in values}
-    training = dict(values)
-    if published:
-        values = {EVAL_FIELDS.get(key, key): value for key, value in values.items()}
-        values = {key: value for key, value in values.items() if key.startswith("eval.")}
+    fields, changes = of_evaluation(values, published=published)
     if arguments.task:
-        values["eval.task"] = arguments.task
-    outside = [key for key in values if not key.startswith("eval.")]
-    if outside:
-        raise RecipeError([f"--{key}: only eval.* and model.* fields can be changed here" for key in outside], "eval")
+        fields["eval.task"] = arguments.task
     from memreason import pipeline
     from memreason.core.recipe import load_recipe
     from memreason.finetune.checkpoint import load_checkpoint
     from memreason.report.terminal import note, print_results, print_samples
 
     loaded = load_checkpoint(path, base=base, **changes)
-    for line in differences(training, loaded.recipe) if published else ():
+    for line in differences(values, loaded.recipe) if published else ():
         note(line)
     trained = {f"eval.{key}": value for key, value in loaded.recipe.eval.model_dump().items()}
-    settings = load_recipe(None, {**trained, **values}).eval
+    settings = load_recipe(None, {**trained, **fields}).eval
     results = pipeline.evaluate(path, settings=settings, base=base, checkpoint=loaded, **changes)
     print_samples(results, arguments.show)
     print_results(results)
@@ -125,17 +113,13 @@ def _data_show(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
 
 
 def _data_import(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
-    from memreason.core.files import write_traces
-    from memreason.data.published import import_published
-    from memreason.data.tasks import imported_file, task_named
+    from memreason.data.tasks import import_file
 
-    task_named(arguments.task)
-    traces, report = import_published(arguments.file, arguments.task, unknown=arguments.unknown)
-    split = arguments.split or (traces[0].question.split if traces else "train") or "train"
-    out = arguments.out or imported_file(arguments.task, split)
-    write_traces(out, [trace.with_question(split=split) for trace in traces])
+    out, count, report = import_file(
+        arguments.file, arguments.task, split=arguments.split, out=arguments.out, unknown=arguments.unknown
+    )
     print(report)
-    print(f"{out}: {len(traces)} traces")
+    print(f"{out}: {count} traces")
 
 
 def _data_atlas(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
@@ -160,11 +144,8 @@ def _models_list(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
 
 
 def _models_pull(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
-    from memreason.encode.base import BUILT_IN, pull
+    from memreason.encode.base import pull
 
-    if arguments.name not in BUILT_IN:
-        known = ", ".join(BUILT_IN)
-        raise ModelError(f"{arguments.name}: not a built-in model ({known}); hub models are fetched when used")
     print(pull(arguments.name))
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from memreason.core.errors import RecipeError
 from memreason.core.recipe import Recipe, training_argument_types
 
-__all__ = ["apply_environment", "differences", "is_published", "pairs", "translate"]
+__all__ = ["apply_environment", "differences", "is_published", "of_evaluation", "pairs", "translate"]
 
 LATER = {
     "step types": "clustered step types come with `memreason step-types`",
@@ -195,6 +195,26 @@ def apply_environment(environment: dict[str, str]) -> None:
     os.environ.update(
         {name: str(Path(v).resolve()) if name == "HF_HUB_CACHE" else v for name, v in environment.items()}
     )
+
+
+# What a published eval list repeats of the training is read from the checkpoint; these are the evaluation's own.
+EVAL_FIELDS = {"data.task": "eval.task", "seed": "eval.seed"}
+MODEL_FIELDS = ("quantize", "dtype", "offload")
+
+
+def of_evaluation(values: Mapping[str, Any], *, published: bool) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Overrides parted into (eval.* fields, changes of how the model is loaded).
+
+    Raises RecipeError for another field, except in a published list, which repeats those of the training.
+    """
+    named = {EVAL_FIELDS.get(key, key) if published else key: value for key, value in values.items()}
+    changes = {name: named.pop(f"model.{name}") for name in MODEL_FIELDS if f"model.{name}" in named}
+    fields = {key: value for key, value in named.items() if key.startswith("eval.")}
+    outside = [] if published else [key for key in named if key not in fields]
+    if outside:
+        allowed = "eval.* and " + ", ".join(f"model.{name}" for name in MODEL_FIELDS)
+        raise RecipeError([f"--{key}: only {allowed} can be changed here" for key in outside], "eval")
+    return fields, changes
 
 
 def differences(overrides: Mapping[str, Any], recipe: Recipe) -> list[str]:

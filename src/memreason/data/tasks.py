@@ -5,18 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from memreason.core.errors import DataError, TaskError
-from memreason.core.files import cache_dir, read_traces
+from memreason.core.files import cache_dir, read_traces, write_traces
 from memreason.core.recipe import DataRecipe
 from memreason.core.trace import Trace
 from memreason.data.arithmetic import label_arithmetic
 from memreason.data.atlas import make_atlas
 from memreason.data.mix import carve_validation, leak_guard, mix, subset
-from memreason.data.published import import_published
+from memreason.data.published import ImportReport, import_published
 from memreason.data.readers import read_hub
 
-__all__ = ["TASKS", "Splits", "Task", "load_eval", "load_splits"]
+__all__ = ["TASKS", "Splits", "Task", "import_file", "load_eval", "load_splits"]
 
 PUBLISHED_FOLDER = Path("load_data/dataset_folder")
 
@@ -92,6 +93,26 @@ def is_file(name: str) -> bool:
 def imported_file(task: str, split: str) -> Path:
     """Where `memreason data import` puts a split."""
     return cache_dir() / "data" / task / f"{split}.jsonl"
+
+
+def import_file(
+    file: Path | str,
+    task: str,
+    *,
+    split: str | None = None,
+    out: Path | str | None = None,
+    unknown: Literal["step", "trace"] = "step",
+) -> tuple[Path, int, ImportReport]:
+    """Read a published file into a trace file, `out` or the task's own of that split: (where, how many, report).
+
+    Without a split, the file's own counts. `unknown` says what a label that is not understood costs.
+    """
+    task_named(task)
+    traces, report = import_published(file, task, unknown=unknown)
+    split = split or (traces[0].question.split if traces else "") or "train"
+    where = Path(out) if out else imported_file(task, split)
+    write_traces(where, [trace.with_question(split=split) for trace in traces])
+    return where, len(traces), report
 
 
 def load_eval(name: str, split: str, data: DataRecipe, n: int | None, seed: int = 0) -> list[Trace]:

