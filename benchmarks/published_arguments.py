@@ -18,7 +18,7 @@ import tempfile
 import time
 from pathlib import Path
 
-MODEL, STEPS = "smollm2-135m", 2
+MODEL, STEPS, QUESTIONS = "smollm2-135m", 1, 1
 
 STRATEGYQA_FOLDER = (
     f"./checkpoints/{MODEL}/stratgeqa_agent/step_type=memory-2-4-efficient=lora+prompt-tuning-lr=2e-4-soft-prompt=True"
@@ -29,12 +29,12 @@ STRATEGYQA_TRAIN = f"""--model_name_or_path {MODEL} --add_soft_prompts True --hf
 --max_steps {STEPS} --per_device_train_batch_size 1 --per_device_eval_batch_size 1 --evaluation_strategy "epoch"
 --save_strategy "epoch" --save_total_limit 200 --learning_rate 2e-4 --weight_decay 0. --warmup_steps 700
 --lr_scheduler_type "cosine" --logging_steps 1 --optim "adamw_torch" --gradient_accumulation_steps 16
---embedding_model_name {MODEL} --extract_step_type_tokens memory --num_plan_types 5 --num_test 2 --lora_module mlp
+--embedding_model_name {MODEL} --extract_step_type_tokens memory --num_plan_types 5 --num_test {QUESTIONS} --lora_module mlp
 --int8_training True"""
 STRATEGYQA_EVAL = f"""--base_model_name_or_path {MODEL} --hf_hub_token .......
 --model_name_or_path {STRATEGYQA_FOLDER}/checkpoint-{STEPS} --add_soft_prompts True
 --parameter_efficient_mode lora+prompt-tuning --dataset stratgeqa_agent --batch_size 1 --max_length 700 --seed 300
---extract_step_type_tokens memory --embedding_model_name {MODEL} --num_plan_types 5 --num_test 2 --load_in_8bit True"""
+--extract_step_type_tokens memory --embedding_model_name {MODEL} --num_plan_types 5 --num_test {QUESTIONS} --load_in_8bit True"""
 TRUTHFULQA_FOLDER = (
     f"./checkpoints/{MODEL}/truthfulqa_agent/step_type=memory-3-4-efficient=lora+prompt-tuning-lr=2e-4-soft-prompt=True"
 )
@@ -44,7 +44,7 @@ TRUTHFULQA_TRAIN = f"""--model_name_or_path {MODEL} --add_soft_prompts True --nu
 --per_device_eval_batch_size 1 --evaluation_strategy "epoch" --save_strategy "epoch" --save_total_limit 200
 --learning_rate 2e-4 --weight_decay 0. --warmup_steps 1000 --lr_scheduler_type "cosine" --logging_steps 1
 --optim "adamw_torch" --gradient_accumulation_steps 16 --embedding_model_name {MODEL}
---extract_step_type_tokens memory --num_plan_types 5 --num_test 2 --lora_module mlp --int8_training True"""
+--extract_step_type_tokens memory --num_plan_types 5 --num_test {QUESTIONS} --lora_module mlp --int8_training True"""
 
 
 def memreason(words: list[str], folder: Path, environment: dict[str, str]) -> None:
@@ -84,7 +84,7 @@ def check(folder: Path, n_prefix: int, evaluations: int) -> None:
     weights = (checkpoint / "adapter_model.safetensors").stat().st_size
     assert weights < 50_000_000, f"{weights} bytes: more than the trained matrices were saved"
     found = [json.loads(path.read_text(encoding="utf-8")) for path in checkpoint.glob("eval/*/results.json")]
-    assert [results["n"] for results in found] == [2] * evaluations, found
+    assert [results["n"] for results in found] == [QUESTIONS] * evaluations, found
     print(f"{folder.parent.name}: losses {losses}, adapter {weights / 1e6:.1f} MB")
 
 
