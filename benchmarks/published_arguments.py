@@ -29,12 +29,14 @@ STRATEGYQA_TRAIN = f"""--model_name_or_path {MODEL} --add_soft_prompts True --hf
 --max_steps {STEPS} --per_device_train_batch_size 1 --per_device_eval_batch_size 1 --evaluation_strategy "epoch"
 --save_strategy "epoch" --save_total_limit 200 --learning_rate 2e-4 --weight_decay 0. --warmup_steps 700
 --lr_scheduler_type "cosine" --logging_steps 1 --optim "adamw_torch" --gradient_accumulation_steps 16
---embedding_model_name {MODEL} --extract_step_type_tokens memory --num_plan_types 5 --num_test {QUESTIONS} --lora_module mlp
+--embedding_model_name {MODEL} --extract_step_type_tokens memory --num_plan_types 5 --num_test {QUESTIONS}
+--lora_module mlp
 --int8_training True"""
 STRATEGYQA_EVAL = f"""--base_model_name_or_path {MODEL} --hf_hub_token .......
 --model_name_or_path {STRATEGYQA_FOLDER}/checkpoint-{STEPS} --add_soft_prompts True
 --parameter_efficient_mode lora+prompt-tuning --dataset stratgeqa_agent --batch_size 1 --max_length 700 --seed 300
---extract_step_type_tokens memory --embedding_model_name {MODEL} --num_plan_types 5 --num_test {QUESTIONS} --load_in_8bit True"""
+--extract_step_type_tokens memory --embedding_model_name {MODEL} --num_plan_types 5 --num_test {QUESTIONS}
+--load_in_8bit True"""
 TRUTHFULQA_FOLDER = (
     f"./checkpoints/{MODEL}/truthfulqa_agent/step_type=memory-3-4-efficient=lora+prompt-tuning-lr=2e-4-soft-prompt=True"
 )
