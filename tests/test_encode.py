@@ -54,6 +54,20 @@ def test_law_3_parse_inverts_render(codec: Codec, trace: Trace) -> None:
     assert parsed.faults == ()
 
 
+@pytest.mark.parametrize("blocks", [2, 0])
+def test_spans_hold_the_ids_of_each_step(codec: Codec, trace: Trace, blocks: int) -> None:
+    if not blocks:
+        codec = add_tokens(TokenScheme(n_prefix=0, n_special=0), byte_level())
+    ids = codec.render(trace)
+    spans = codec.parse(trace.question, ids).meta["spans"]
+    assert len(spans) == len(trace.steps)
+    assert spans[0][0] == 0
+    for step, (start, end) in zip(trace.steps, spans, strict=True):
+        words = [i for i in ids[start:end] if i not in block_ids(codec)]
+        assert codec.decode(words).strip() == step.text
+        assert len(ids[start:end]) - len(words) == (5 if blocks else 0)  # the prefix and the kind block
+
+
 @pytest.mark.parametrize("kinds", [("memory", "reason"), ()])
 def test_several_kinds_or_none(byte_codec: Codec, kinds: tuple[str, ...]) -> None:
     trace = Trace(Question("q?", "True"), (Step(kinds, "a line"),))

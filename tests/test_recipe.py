@@ -78,6 +78,22 @@ def test_published_step_types(value: str, kinds: list[str], step_types: str) -> 
     assert (recipe.tokens.kinds, recipe.data.step_types, recipe.data.task) == (kinds, step_types, "gsm8k")
 
 
+def test_resume_names_a_checkpoint_as_its_model(tmp_path) -> None:
+    words = ["--dataset", "gsm8k", "--resume", "True", "--model_name_or_path", str(tmp_path / "run" / "checkpoint-3")]
+    with pytest.raises(RecipeError, match="is no checkpoint"):
+        translate(words, train=True)
+    (tmp_path / "run" / "checkpoint-3").mkdir(parents=True)
+    (tmp_path / "run" / "checkpoint-3" / "recipe.yaml").write_text("model: {base: some/model}\n")
+    overrides = dict(translate(words, train=True)[0])
+    assert (overrides["model.base"], overrides["output_dir"]) == ("some/model", str(tmp_path / "run"))
+
+
+@pytest.mark.parametrize("flag", ["--selection_method", "--num_types", "--train_epoch", "--min_frequency"])
+def test_flags_of_the_step_type_script_are_refused_by_name(flag: str) -> None:
+    with pytest.raises(RecipeError, match="memreason step-types"):
+        translate(["--dataset", "gsm8k", flag, "5"], train=True)
+
+
 def test_overrides_and_print(capsys: pytest.CaptureFixture[str]) -> None:
     assert (
         main(["train", "demo", "--train.learning_rate", "1e-3", "--train.save_strategy", "no", "--print-recipe"]) == 0

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from memreason.core.errors import RecipeError
-from memreason.core.recipe import Recipe, training_argument_types
+from memreason.core.recipe import Recipe, load_recipe, training_argument_types
 
 __all__ = ["apply_environment", "differences", "is_published", "of_evaluation", "pairs", "translate"]
 
@@ -29,6 +29,7 @@ DATASETS = {
     "truthfulqa_agent_crossdomain": "truthfulqa",
 }
 STEP_TYPES: dict[str, list[str]] = {"none": [], "memory": ["reason", "memory"], "+-*/": ["+", "-", "*", "/"]}
+STEP_TYPE_SCRIPT = ("selection_method", "num_types", "train_epoch", "min_frequency", "max_frequency")
 METHODS = {"none": "full", **{name: name for name in ("lora", "prompt-tuning", "lora+prompt-tuning", "prefix-tuning")}}
 
 
@@ -68,6 +69,13 @@ def _step_type(value: str) -> Any:
 
 def _nothing(value: str) -> None:
     return None
+
+
+def _later(later: str) -> Callable[[str], Any]:
+    def refuse(value: str) -> None:
+        raise ValueError(f"not yet: {LATER[later]}")
+
+    return refuse
 
 
 def _if(result: Any) -> Callable[[str], Any]:
@@ -115,7 +123,8 @@ FLAGS: dict[str, tuple[str, Callable[[str], Any]]] = {
     "seed": ("seed", int),
     "save_result": ("", _bool),  # results are always saved
     "cache_dir": ("env.HF_HUB_CACHE", str),
-    "resume": ("", _bool),  # a run always resumes
+    "resume": ("", _bool),  # a run always resumes; of a checkpoint named as model see _resumed
+    **{flag: ("", _later("step types")) for flag in STEP_TYPE_SCRIPT},
     "evaluation_strategy": ("train.eval_strategy", str),
 }
 # What the published defaults are where ours differ (REFERENCE.md's "values, default").
@@ -187,7 +196,17 @@ def translate(arguments: Sequence[str], *, train: bool) -> tuple[list[tuple[str,
         overrides["train.n_select"] = overrides["eval.n"]
     if problems:
         raise RecipeError(problems, "command line")
+    if train and dict(pairs(arguments)).get("resume", "false").lower() in ("true", "1", "yes"):
+        overrides |= _resumed(Path(str(overrides["model.base"])))
     return list(overrides.items()), environment
+
+
+def _resumed(checkpoint: Path) -> dict[str, Any]:
+    """`--resume` names a checkpoint as its model: its run goes on, over that run's base model."""
+    path = checkpoint / "recipe.yaml"
+    if not path.is_file():
+        raise RecipeError(f"--resume: {checkpoint} is no checkpoint; name one as --model_name_or_path", "command line")
+    return {"model.base": load_recipe(path).model.base, "output_dir": str(checkpoint.parent)}
 
 
 def apply_environment(environment: dict[str, str]) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
@@ -117,6 +117,14 @@ def bare_tokenizer(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str] = (
     return bare
 
 
+class Line(NamedTuple):
+    """One parsed line: its kinds, its text, and [first, last + 1] of its ids."""
+
+    kinds: tuple[str, ...]
+    text: str
+    span: list[int]
+
+
 class Codec:
     """A scheme bound to a tokenizer that holds its tokens: renders traces to ids, parses ids to traces."""
 
@@ -185,7 +193,10 @@ class Codec:
         return step.kinds or (ASSIGNMENT,)
 
     def parse(self, question: Question, ids: Sequence[int]) -> Trace:
-        """Read generated ids. Never raises: what fits no trace is named in `faults` (law 3)."""
+        """Read generated ids. Never raises: what fits no trace is named in `faults` (law 3).
+
+        `meta["spans"]` of the trace holds, for each step, [first, last + 1] of its ids, blocks included.
+        """
         faults: list[str] = []
         ids = list(ids)
         if self.eos_id in ids:
@@ -195,13 +206,13 @@ class Codec:
         if self.blocks and self.scheme.placement == "each_step":
             lines = self._tagged_lines(ids, faults)
         else:
-            lines = self._plain_lines([i for i in ids if i not in self._place])
-        steps, prediction = self._split_answer(lines, faults)
-        return Trace(question, tuple(steps), prediction, tuple(dict.fromkeys(faults)))
+            lines = self._plain_lines(ids)
+        steps, spans, prediction = self._split_answer(lines, faults)
+        return Trace(question, tuple(steps), prediction, tuple(dict.fromkeys(faults)), {"spans": spans})
 
-    def _tagged_lines(self, ids: list[int], faults: list[str]) -> list[tuple[tuple[str, ...], str]]:
+    def _tagged_lines(self, ids: list[int], faults: list[str]) -> list[Line]:
         """Cut at each run of planning tokens; every run must be a whole prefix and whole kind blocks."""
-        lines: list[tuple[tuple[str, ...], str]] = []
+        lines: list[Line] = []
         position = 0
         while position < len(ids):
             start = position
@@ -220,7 +231,7 @@ class Codec:
             if "\n" in text:
                 faults.append("several lines in one block")
             if text or start != body:
-                lines.append((kinds, text))
+                lines.append(Line(kinds, text, [start, position]))
         return lines
 
     def _read_run(self, run: list[tuple[str, int]]) -> tuple[tuple[str, ...], bool]:
@@ -230,27 +241,37 @@ class Codec:
         expected = prefix + [(kind, i) for kind in kinds for i in range(self.scheme.n_special)]
         return kinds, bool(run) and run == expected and bool(kinds or not self.scheme.n_special)
 
-    def _plain_lines(self, ids: list[int]) -> list[tuple[tuple[str, ...], str]]:
-        return [((), line.strip()) for line in self.decode(ids).split("\n") if line.strip()]
+    def _plain_lines(self, ids: list[int]) -> list[Line]:
+        """Without blocks to cut at, a line ends with the token that holds its line break."""
+        lines: list[Line] = []
+        start = 0
+        for end, token in enumerate(ids, 1):
+            if "\n" in self.decode([token]) or end == len(ids):
+                text = self.decode([i for i in ids[start:end] if i not in self._place])
+                lines += [Line((), part.strip(), [start, end]) for part in text.split("\n") if part.strip()]
+                start = end
+        return lines
 
-    def _split_answer(self, lines: list[tuple[tuple[str, ...], str]], faults: list[str]) -> tuple[list[Step], str]:
-        """The first answer line ends the trace; what follows it is a fault."""
+    def _split_answer(self, lines: list[Line], faults: list[str]) -> tuple[list[Step], list[list[int]], str]:
+        """Steps, their spans and the prediction. The first answer line ends the trace; what follows it is a fault."""
         lead = self.scheme.answer_template.split("{answer}")[0].strip()
         steps: list[Step] = []
-        for number, (kinds, text) in enumerate(lines):
+        spans: list[list[int]] = []
+        for number, (kinds, text, span) in enumerate(lines):
             tagged = ANSWER in kinds
             if tagged or (not self.blocks.get(ANSWER) and text.startswith(lead)):
                 if not text.startswith(lead):
                     faults.append("answer line without its phrase")
                 if number != len(lines) - 1:
                     faults.append("text after the answer")
-                return steps, text.removeprefix(lead).strip()
+                return steps, spans, text.removeprefix(lead).strip()
             if not text:
                 faults.append("empty line")
                 continue
             steps.append(Step(tuple(kind for kind in kinds if kind != ASSIGNMENT), text))
+            spans.append(span)
         faults.append("no answer line")
-        return steps, ""
+        return steps, spans, ""
 
     def describe(self) -> dict[str, Any]:
         """For manifests: token -> id."""

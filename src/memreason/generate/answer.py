@@ -85,7 +85,11 @@ def _settle(folder: Path, lines: list[Sample]) -> None:
 
 
 def _sample(codec: Codec, generation: Generation) -> Sample:
-    """One line of samples.jsonl: trace, ids, and the log-probability of each generated id."""
+    """One line of samples.jsonl: the trace, its ids, and the log-probability of each generated one.
+
+    meta: `sample` (which of n), `given` (ids of the opening block, which has no log-probability) and `spans`
+    (for each step the place of its ids, so that `ids[a:b]` and `logprobs[a - given : b - given]` are the step's).
+    """
     trace = codec.parse(generation.question, generation.ids)
     if not generation.logprobs:
         trace = replace(trace, faults=("question over the limit",))
@@ -94,5 +98,5 @@ def _sample(codec: Codec, generation: Generation) -> Sample:
         **trace.to_json(),
         "ids": generation.ids,
         "logprobs": [round(value, 5) for value in generation.logprobs],
-        "meta": {**generation.question.meta, "sample": generation.sample, "given": given},
+        "meta": {**generation.question.meta, **trace.meta, "sample": generation.sample, "given": given},
     }
