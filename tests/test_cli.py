@@ -113,6 +113,7 @@ def test_any_run_on_any_task(base: Path, capsys: pytest.CaptureFixture[str]) -> 
 
 def test_own_files_with_weights(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["data", "atlas", "a.jsonl", "-n", "20", "--hops", "1"]) == 0
+    assert re.search(r"capital_is +1 +4 +0\.50 +0\.50", capsys.readouterr().out)  # form, hops, n, chance, majority
     assert main(["data", "atlas", "b.jsonl", "-n", "10", "--hops", "2", "--seed", "3"]) == 0
     words = ["train", "--model.base", str(base), "--data", "a.jsonl", "--data", "b.jsonl:2", *SMALL]
     words[words.index("24")] = "40"

@@ -124,12 +124,15 @@ def _data_import(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
 
 def _data_atlas(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
     from memreason.core.files import write_traces
-    from memreason.data.atlas import make_atlas
+    from memreason.data.atlas import atlas_table, make_atlas
 
     traces = make_atlas(
         arguments.split, arguments.n, seed=arguments.seed, hops=arguments.hops, obscurity=arguments.obscurity
     )
     write_traces(arguments.out, traces)
+    print(f"{'form':24}{'hops':>4}{'n':>6}{'chance':>8}{'majority':>10}")
+    for row in atlas_table(traces):
+        print(f"{row['form']:24}{row['hops']:4}{row['n']:6}{row['chance']:8.2f}{row['majority']:10.2f}")
     print(f"{arguments.out}: {len(traces)} traces")
 
 
