@@ -21,7 +21,7 @@ from memreason.core.recipe import Recipe, load_recipe
 from memreason.encode.base import load_model, load_tokenizer, pick_dtype
 from memreason.encode.scheme import SCHEME_FILE, Codec, TokenScheme, bare_tokenizer, text_fingerprint
 from memreason.encode.vocab import add_rows
-from memreason.finetune.methods import keep_head_bias
+from memreason.fast.rows import rows_beside
 
 __all__ = ["Checkpoint", "checkpoints_in", "load_checkpoint", "resolve", "save_checkpoint"]
 
@@ -105,7 +105,7 @@ def load_checkpoint(path: Path | str, *, base: str | None = None, **model_change
     add_rows(loaded, codec)
     with _readable(folder, f"adapter_model.safetensors is broken or does not fit the base model {source}"):
         adapted = PeftModel.from_pretrained(loaded, str(folder)).eval()
-    keep_head_bias(adapted)
+    rows_beside(adapted)
     return Checkpoint(folder, adapted, codec, recipe)
 
 

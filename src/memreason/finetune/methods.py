@@ -17,15 +17,16 @@ from peft import (
     get_peft_model,
     prepare_model_for_kbit_training,
 )
-from peft.tuners.trainable_tokens import TrainableTokensLayer
+from peft.tuners.lora import Linear as LoraLinear
 from torch import nn
 from transformers import PreTrainedModel
 
 from memreason.core.errors import ModelError
 from memreason.core.recipe import MethodRecipe
 from memreason.encode.scheme import PREFIX, Codec
+from memreason.fast.rows import row_layers, rows_beside
 
-__all__ = ["keep_head_bias", "merged_rows", "trainable"]
+__all__ = ["merged", "trainable"]
 
 LORA_MODULES = {
     "mlp": ["gate_proj", "up_proj", "down_proj"],
@@ -56,7 +57,7 @@ def trainable(model: Any, codec: Codec, method: MethodRecipe, *, checkpointing: 
     for parameter in adapted.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()  # AdamW on bf16 rows rounds its small steps away
-    keep_head_bias(adapted)
+    rows_beside(adapted)
     if checkpointing:
         adapted.enable_input_require_grads()
     return adapted
@@ -113,31 +114,28 @@ CONFIGS: dict[str, Any] = {
 }
 
 
-def keep_head_bias(model: nn.Module) -> None:
-    """PEFT's row layer calls F.linear without the head's bias (Phi's logits move by 2.8): add it back."""
-    for module in model.modules():
-        if isinstance(module, TrainableTokensLayer):
-            bias = getattr(module.get_base_layer(), "bias", None)
-            if bias is not None:
-                module.register_forward_hook(
-                    lambda layer, _inputs, output: output if layer.merged else output + layer.get_base_layer().bias
-                )
-
-
 @contextmanager
-def merged_rows(model: nn.Module) -> Iterator[None]:
-    """Write trained rows into the matrices while generating: PEFT copies the whole embedding each forward.
+def merged(model: nn.Module) -> Iterator[None]:
+    """The adapters written into the matrices while generating; afterwards the matrices are what they were, bit by bit.
 
-    Exact, also in bf16: the original rows are put back afterwards. LoRA stays unmerged.
+    Trained rows always: exact, also in bf16. LoRA on a CPU alone, where its small products cost a third of a pass:
+    W + scale B A is summed in fp32 and rounded to W's dtype. The adapted W wait as they were meanwhile, for which a
+    GPU's memory is too dear. Quantised matrices keep their LoRA beside them.
     """
-    layers = [m for m in model.modules() if isinstance(m, TrainableTokensLayer) and not m.merged]
-    for layer in layers:
+    layers: list[Any] = [layer for layer in row_layers(model) if not layer.merged]
+    lora = [layer for layer in model.modules() if type(layer) is LoraLinear and not layer.merged]
+    layers += [layer for layer in lora if layer.get_base_layer().weight.device.type == "cpu"]
+    weights = [layer.get_base_layer().weight for layer in layers]
+    before = [weight.data for weight in weights]
+    for layer, weight in zip(layers, weights, strict=True):
+        weight.data = weight.data.clone() if type(layer) is LoraLinear else weight.data  # PEFT adds LoRA in place
         layer.merge()
     try:
         yield
     finally:
-        for layer in layers:
-            layer.unmerge()
+        for layer, weight, data in zip(layers, weights, before, strict=True):
+            weight.data = data
+            layer.merged_adapters.clear()
 
 
 def is_adapted(model: nn.Module) -> bool:

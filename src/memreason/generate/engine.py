@@ -1,24 +1,40 @@
-"""The local engine: batches of similar length, a KV cache, and rows that leave the batch when they finish."""
+"""The local engine: questions in cohorts, exact to the token, with nothing computed that is not needed.
+
+A *cohort* is a group of questions that started together. Each keeps the keys and values of its rows in memory of its
+own; a row that ends leaves, the last row takes its place, and when enough places are free the next cohort joins. One
+forward pass feeds what every row of every cohort has pending, end to end and without padding: a prompt, the token
+chosen last, or that token and a *draft*. Only attention looks at a cohort alone, so that its rows, which are about
+equally long, wait for none of another.
+
+Drafts are the tokens that a planning block leaves no doubt about: after the first token of a block the rest of it,
+after the answer block its phrase, after a line break the next prefix. They go in with the token that they follow and
+are kept as far as the model itself would have chosen them, position by position (arXiv 2211.17192, section 2.3): the
+answer is that of plain decoding, in fewer passes.
+"""
 
 from __future__ import annotations
 
 import logging
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
-from transformers import DynamicCache
+from torch import Tensor, nn
+from transformers import AttentionInterface
 
 from memreason.core.recipe import EvalRecipe
 from memreason.core.trace import Question
-from memreason.encode.scheme import Codec
-from memreason.finetune.methods import is_adapted, merged_rows
+from memreason.encode.scheme import ANSWER, Codec
+from memreason.fast.attention import attending
+from memreason.finetune.methods import is_adapted, merged
 
 __all__ = ["Generation", "generate"]
 
 log = logging.getLogger("memreason")
+COHORTS = "memreason_cohorts"
+GROWTH = 64  # positions by which a cohort's memory grows
 
 
 @dataclass(frozen=True)
@@ -33,13 +49,109 @@ class Generation:
 
 @dataclass
 class _Row:
+    """A question being answered. `fed` tokens have keys and values; `pending` go in next, its last `drafted` unsure."""
+
     question: Question
     sample: int
-    prompt: list[int]
     limit: int
-    ids: list[int]
-    logprobs: list[float]
+    pending: list[int]
     random: torch.Generator
+    fed: int = 0
+    drafted: int = 0
+    ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    draws: list[float] = field(default_factory=list)
+
+    def draw(self, number: int) -> float:
+        """The random number of generated token `number`: the same one whether it was drafted or not."""
+        while len(self.draws) <= number:
+            self.draws.append(float(torch.rand((), generator=self.random)))
+        return self.draws[number]
+
+
+class _Cohort:
+    """Rows that started together, and their keys and values: for each layer (rows, groups, positions, width)."""
+
+    def __init__(self, rows: list[_Row], device: torch.device) -> None:
+        self.rows, self.device = rows, device
+        self.memory: dict[int, tuple[Tensor, Tensor]] = {}
+        self.masks: dict[int | None, Tensor] = {}
+        self.plan()
+
+    def plan(self) -> None:
+        """Where the pending tokens of the next pass stand: row, place in the row's queries, position."""
+        counts = [len(row.pending) for row in self.rows]
+        self.most, self.count = max(counts), sum(counts)
+        self.length = max(row.fed + count for row, count in zip(self.rows, counts, strict=True))
+        places = [(n, k, row.fed + k) for n, row in enumerate(self.rows) for k in range(counts[n])]
+        self.row, self.place, self.position = torch.tensor(places, device=self.device).unbind(dim=1)
+        self.masks.clear()
+
+    def mask(self, window: int | None, like: Tensor) -> Tensor:
+        """(rows, 1, queries, length): 0 for keys up to the query's own, inside the window if there is one."""
+        if window not in self.masks:
+            own = torch.zeros(len(self.rows), self.most, dtype=torch.long, device=self.device)
+            own[self.row, self.place] = self.position
+            behind = own[..., None] - torch.arange(self.length, device=self.device)
+            hidden = (behind < 0) if window is None else (behind < 0) | (behind >= window)
+            self.masks[window] = torch.zeros_like(behind, dtype=like.dtype).masked_fill_(hidden, -torch.inf)[:, None]
+        return self.masks[window]
+
+    def remember(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Put pending keys and values (tokens, groups, width) in their places; return all: (rows, groups, length, width)."""
+        kept = self.memory.get(layer)
+        room = kept[0].shape[2] if kept else 0
+        if room < self.length:
+            shape = (len(self.rows), key.shape[1], -(-self.length // GROWTH) * GROWTH, key.shape[2])
+            grown = (key.new_zeros(shape), value.new_zeros(shape))
+            for new, old in zip(grown, kept or (), strict=False):
+                new[:, :, :room] = old[: len(self.rows)]
+            kept = self.memory[layer] = grown
+        for tensor, new in zip(kept, (key, value), strict=True):
+            tensor[self.row, :, self.position] = new
+        return kept[0][: len(self.rows), :, : self.length], kept[1][: len(self.rows), :, : self.length]
+
+    def leave(self, ended: set[int]) -> None:
+        """Rows leave; the last ones take their places."""
+        for hole in sorted(ended, reverse=True):
+            last = self.rows.pop()
+            if hole == len(self.rows):
+                continue
+            self.rows[hole] = last
+            for tensor in (t for pair in self.memory.values() for t in pair):
+                tensor[hole, :, : last.fed] = tensor[len(self.rows), :, : last.fed]
+
+
+def _attend(module: Any, query: Tensor, key: Tensor, value: Tensor, _mask: Any, **settings: Any) -> tuple[Tensor, None]:
+    """Transformers' door: query (1, heads, tokens, width), the tokens of each cohort one after another."""
+    query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    scale = settings.get("scaling") or query.shape[-1] ** -0.5
+    parts, start = [], 0
+    for cohort in settings["cohorts"]:
+        own = slice(start, start := start + cohort.count)
+        keys, values = cohort.remember(module.layer_idx, key[own], value[own])
+        mask = cohort.mask(settings.get("sliding_window"), query)
+        parts.append(_attend_one(cohort, query[own] * scale, keys, values, mask))
+    return torch.cat(parts)[None], None
+
+
+def _attend_one(cohort: _Cohort, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
+    """query: (tokens, heads, width) -> the same shape. Heads that share a key head are rows of one product."""
+    _, heads, width = query.shape
+    rows, groups, length, _ = keys.shape
+    if cohort.most > 1:
+        padded = query.new_zeros(rows, cohort.most, heads, width)
+        padded[cohort.row, cohort.place] = query
+        query = padded
+    query = query.view(rows, -1, groups, heads // groups, width).permute(0, 2, 3, 1, 4)
+    scores = query.reshape(rows, groups, -1, width) @ keys.transpose(2, 3)
+    scores = scores.view(*query.shape[:4], length).add_(mask[:, :, None])
+    found = scores.softmax(dim=-1).view(rows, groups, -1, length) @ values
+    found = found.view(query.shape).permute(0, 3, 1, 2, 4).reshape(rows, -1, heads, width)
+    return found[cohort.row, cohort.place] if cohort.most > 1 else found[:, 0]
+
+
+AttentionInterface.register(COHORTS, _attend)
 
 
 def generate(
@@ -50,10 +162,10 @@ def generate(
     *,
     skip: frozenset[tuple[str, int]] = frozenset(),
 ) -> Iterator[list[Generation]]:
-    """Answer each question `n_samples` times; yield finished batches, longest prompts first.
+    """Answer each question `n_samples` times; yield what is finished, a few at a time, longest prompts first.
 
     A question that leaves no room for an answer (settings.max_length, or the model's positions) gets no tokens.
-    Greedy answers do not depend on the batch size in fp32; sampled ones draw from a generator of
+    Greedy answers do not depend on the number in flight in fp32; sampled ones draw from a generator of
     their own, seeded by question, sample and seed. `skip` holds (question id, sample) already done.
     """
     room = getattr(model.config, "max_position_embeddings", None)
@@ -63,18 +175,25 @@ def generate(
         for sample in range(settings.n_samples)
         if (question.id, sample) not in skip
     ]
-    rows.sort(key=lambda row: -len(row.prompt))
     opening = codec.opening()
     if too_long := [row for row in rows if row.limit < 1]:
         log.warning("%d questions are longer than the limit of prompt and answer: they get none", len(too_long))
         yield [Generation(row.question, row.sample, opening, []) for row in too_long]
-        rows = [row for row in rows if row.limit >= 1]
-    choose = _chooser(model, settings)
-    with torch.inference_mode(), merged_rows(model):
-        for start in range(0, len(rows), settings.batch_size):
-            batch = rows[start : start + settings.batch_size]
-            _run(model, codec, batch, choose)
-            yield [Generation(row.question, row.sample, opening + row.ids, row.logprobs) for row in batch]
+    waiting = deque(sorted((row for row in rows if row.limit >= 1), key=lambda row: -len(row.pending)))
+    drafts, choose = _drafts(codec), _chooser(model, settings)
+    with merged(model), torch.inference_mode(), attending(model, COHORTS):
+        network = _Network(model)
+        cohorts: list[_Cohort] = []
+        finished: list[Generation] = []
+        while waiting or cohorts:
+            _admit(cohorts, waiting, settings.batch_size, network)
+            for cohort, scores in zip(cohorts, network.scores(cohorts), strict=True):
+                ended = _advance(cohort, scores, choose, drafts, codec.eos_id)
+                finished += [Generation(row.question, row.sample, opening + row.ids, row.logprobs) for row in ended]
+            cohorts = [cohort for cohort in cohorts if cohort.rows]
+            if finished and (len(finished) * 4 >= settings.batch_size or not (waiting or cohorts)):
+                yield finished
+                finished = []
 
 
 def _start(codec: Codec, question: Question, sample: int, settings: EvalRecipe, positions: int | None) -> _Row:
@@ -83,91 +202,132 @@ def _start(codec: Codec, question: Question, sample: int, settings: EvalRecipe, 
     limit = min(whole, positions or whole) - len(prompt)
     seed = int(question.id[:12], 16) if _is_hex(question.id[:12]) else sum(question.id.encode())
     random = torch.Generator().manual_seed((seed ^ (settings.seed * 1000003 + sample)) % 2**63)
-    return _Row(question, sample, prompt, limit, [], [], random)
+    return _Row(question, sample, limit, prompt, random)
 
 
 def _is_hex(text: str) -> bool:
     return bool(text) and all(c in "0123456789abcdef" for c in text)
 
 
-def _chooser(model: nn.Module, settings: EvalRecipe) -> Callable[[torch.Tensor, Sequence[_Row]], torch.Tensor]:
-    """How the next token is taken from log-probabilities of shape (rows, vocabulary)."""
+def _drafts(codec: Codec) -> dict[int, list[int]]:
+    """Token -> the tokens that follow it as good as always (see the head of this file)."""
+    scheme, drafts = codec.scheme, {}
+    for name in codec.blocks:
+        ids = codec.block(name)
+        if name == ANSWER:
+            ids += codec.encode(scheme.answer_template.split("{answer}")[0].rstrip())
+        drafts |= {token: ids[n + 1 :] for n, token in enumerate(ids) if token in codec.blocks[name] and ids[n + 1 :]}
+    if scheme.placement == "each_step" and codec.opening():
+        ends = {ids[-1] for text in ("", "a", "a.") if (ids := codec.encode(text + scheme.line_ending))}
+        drafts |= dict.fromkeys(ends, codec.opening())
+    return drafts
+
+
+def _chooser(model: nn.Module, settings: EvalRecipe) -> Callable[[Tensor, Sequence[float]], Tensor]:
+    """How a token is taken from logits (tokens, vocabulary), with a random number for each."""
     temperature, top_p, top_k = settings.temperature, settings.top_p, 0
+    sampled = settings.decoding == "sample"
     if settings.decoding == "model-default":
         defaults: Any = getattr(model, "generation_config", None)
-        if not getattr(defaults, "do_sample", False):
-            return lambda scores, rows: scores.argmax(dim=-1)
-        temperature = defaults.temperature or 1.0
-        top_p, top_k = defaults.top_p or 1.0, defaults.top_k or 0
-    elif settings.decoding == "greedy":
-        return lambda scores, rows: scores.argmax(dim=-1)
+        sampled = bool(getattr(defaults, "do_sample", False))
+        if sampled:
+            temperature, top_p, top_k = defaults.temperature or 1.0, defaults.top_p or 1.0, defaults.top_k or 0
+    if not sampled:
+        return lambda logits, points: logits.argmax(dim=-1)
 
-    def sample(scores: torch.Tensor, rows: Sequence[_Row]) -> torch.Tensor:
-        probabilities = (scores / temperature).softmax(dim=-1).sort(dim=-1, descending=True)
+    def sample(logits: Tensor, points: Sequence[float]) -> Tensor:
+        probabilities = (logits.float() / temperature).softmax(dim=-1).sort(dim=-1, descending=True)
         values = probabilities.values.clone()
         values[values.cumsum(dim=-1) - values > top_p] = 0
         if top_k:
             values[:, top_k:] = 0
         edges = (values / values.sum(dim=-1, keepdim=True)).cumsum(dim=-1)
-        points = torch.tensor([float(torch.rand((), generator=row.random)) for row in rows], device=scores.device)
-        index = torch.searchsorted(edges, points[:, None]).clamp(max=edges.shape[1] - 1)
-        return probabilities.indices.gather(1, index).squeeze(1)
+        index = torch.searchsorted(edges, torch.tensor(points, device=edges.device)[:, None])
+        return probabilities.indices.gather(1, index.clamp(max=edges.shape[1] - 1)).squeeze(1)
 
     return sample
 
 
-def _run(model: nn.Module, codec: Codec, rows: list[_Row], choose: Callable[..., torch.Tensor]) -> None:
-    """Generate for one batch, in place. A finished row leaves the cache at once."""
-    device = next(model.parameters()).device
-    longest = max(len(row.prompt) for row in rows)
-    pads = [longest - len(row.prompt) for row in rows]
-    ids = torch.tensor([[codec.eos_id] * pad + row.prompt for pad, row in zip(pads, rows, strict=True)], device=device)
-    mask = torch.tensor([[0] * pad + [1] * (longest - pad) for pad in pads], device=device)
-    network, cache, extra, virtual = _prefill(model, len(rows), ids)
-    mask = torch.cat([mask.new_ones(len(rows), virtual), mask], dim=1)
-    active = list(rows)
-    while active:
-        width = next(iter(extra.values() or [ids])).shape[1]
-        positions = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, -width:]
-        inputs = extra or {"input_ids": ids}
-        output = network(
-            **inputs,
-            attention_mask=mask,
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        scores = output.logits[:, -1].float().log_softmax(dim=-1)
-        chosen = choose(scores, active)
-        picked = scores.gather(1, chosen[:, None]).squeeze(1).tolist()
-        for row, token, logprob in zip(active, chosen.tolist(), picked, strict=True):
+def _admit(cohorts: list[_Cohort], waiting: deque[_Row], size: int, network: _Network) -> None:
+    """The next cohort joins as soon as a quarter of the places is free."""
+    free = size - sum(len(cohort.rows) for cohort in cohorts)
+    if waiting and free * 4 >= size:
+        cohorts.append(network.cohort([waiting.popleft() for _ in range(min(free, len(waiting)))]))
+
+
+def _advance(
+    cohort: _Cohort, logits: Tensor, choose: Callable[..., Tensor], drafts: dict[int, list[int]], eos: int
+) -> list[_Row]:
+    """Take each row's next tokens from its logits (those after its last sure token and its drafted ones).
+
+    Returns the rows that ended, which have left the cohort.
+    """
+    points = [row.draw(len(row.ids) + k) for row in cohort.rows for k in range(row.drafted + 1)]
+    chosen = choose(logits, points)
+    picked = logits.gather(1, chosen[:, None]).squeeze(1).float() - logits.float().logsumexp(dim=-1)
+    found = zip(chosen.tolist(), picked.tolist(), strict=True)
+    ended: dict[int, _Row] = {}
+    for number, row in enumerate(cohort.rows):
+        sure = len(row.pending) - row.drafted
+        draft, row.fed = row.pending[sure:], row.fed + sure
+        right = True  # everything drafted so far is what the model chose
+        for k, (token, logprob) in enumerate([next(found) for _ in range(row.drafted + 1)]):
+            if not right:
+                break
             row.ids.append(token)
             row.logprobs.append(logprob)
-        stay = [n for n, row in enumerate(active) if row.ids[-1] != codec.eos_id and len(row.ids) < row.limit]
-        extra = {}
-        ids = chosen[:, None]
-        mask = torch.cat([mask, mask.new_ones(len(active), 1)], dim=1)
-        if len(stay) < len(active):
-            keep = torch.tensor(stay, dtype=torch.long, device=device)
-            ids, mask = ids[keep], mask[keep]
-            active = [active[n] for n in stay]
-            if active:
-                cache.batch_select_indices(keep)
+            right = token != eos and draft[k : k + 1] == [token]
+            row.fed += right
+        if row.ids[-1] == eos or len(row.ids) == row.limit:
+            ended[number] = row
+        follow = drafts.get(row.ids[-1], [])[: row.limit - len(row.ids) - 1]
+        row.pending, row.drafted = [row.ids[-1], *follow], len(follow)
+    cohort.leave(set(ended))
+    if cohort.rows:
+        cohort.plan()
+    return list(ended.values())
 
 
-def _prefill(model: Any, count: int, ids: torch.Tensor) -> tuple[Any, Any, dict[str, torch.Tensor], int]:
-    """The network to call, its first cache, first inputs if not ids, and the length of a cached virtual prefix.
+class _Network:
+    """The model as the engine calls it. PEFT would put a learnt prompt in front of every call; here it goes in once."""
 
-    PEFT puts a prefix in front of every call, also of those that continue a cache; here it goes in once.
-    """
-    cache: Any = DynamicCache(config=model.config)
-    if not is_adapted(model) or not model.active_peft_config.is_prompt_learning:
-        return model, cache, {}, 0
-    config, network = model.active_peft_config, model.get_base_model()
-    if config.peft_type == "PREFIX_TUNING":
-        cache = model.get_prompt(batch_size=count)
-        return network, cache, {}, config.num_virtual_tokens
-    words = network.get_input_embeddings()(ids)
-    prompts = model.get_prompt(batch_size=count).to(words)
-    return network, cache, {"inputs_embeds": torch.cat([prompts, words], dim=1)}, config.num_virtual_tokens
+    def __init__(self, model: Any) -> None:
+        self.model, self.device = model, next(model.parameters()).device
+        learnt = is_adapted(model) and model.active_peft_config.is_prompt_learning
+        self.network = model.get_base_model() if learnt else model
+        self.virtual: int = model.active_peft_config.num_virtual_tokens if learnt else 0
+        self.prefix = learnt and model.active_peft_config.peft_type == "PREFIX_TUNING"
+
+    def cohort(self, rows: list[_Row]) -> _Cohort:
+        if self.prefix:
+            cache = self.model.get_prompt(batch_size=len(rows))
+            for row in rows:
+                row.fed = self.virtual
+        elif self.virtual:
+            for row in rows:  # ids below zero stand for virtual tokens
+                row.pending = [*range(-self.virtual, 0), *row.pending]
+        cohort = _Cohort(rows, self.device)
+        if self.prefix:
+            cohort.memory = {n: (layer.keys, layer.values) for n, layer in enumerate(cache.layers)}
+        return cohort
+
+    def scores(self, cohorts: list[_Cohort]) -> tuple[Tensor, ...]:
+        """Logits of each cohort: for each row those after its last sure token and after each drafted one."""
+        rows = [row for cohort in cohorts for row in cohort.rows]
+        ids = torch.tensor([[token for row in rows for token in row.pending]], device=self.device)
+        wanted = [n <= row.drafted for row in rows for n in range(len(row.pending) - 1, -1, -1)]
+        output = self.network(
+            **self._inputs(ids),
+            position_ids=torch.cat([cohort.position for cohort in cohorts])[None],
+            use_cache=False,
+            logits_to_keep=torch.tensor(wanted, device=self.device).nonzero().squeeze(1),
+            cohorts=cohorts,
+        )
+        return output.logits[0].split([sum(row.drafted + 1 for row in cohort.rows) for cohort in cohorts])
+
+    def _inputs(self, ids: Tensor) -> dict[str, Tensor]:
+        if self.prefix or not self.virtual:
+            return {"input_ids": ids}
+        embedded = self.network.get_input_embeddings()(ids.clamp(min=0))
+        prompt = self.model.get_prompt(batch_size=1)[0].to(embedded)
+        return {"inputs_embeds": torch.where((ids < 0)[..., None], prompt[ids.clamp(max=-1)], embedded)}

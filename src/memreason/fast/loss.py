@@ -1,0 +1,106 @@
+"""Cross-entropy from hidden states, without ever holding tokens x vocabulary.
+
+The logits of CHUNK supervised positions are made, turned into their own gradient and used up before the next ones:
+with p = softmax(h W^T), the loss of a position is -log p[y], its gradient for h is (p - onehot(y)) W. As the loss is a
+sum, that gradient is known in the forward pass up to the factor that comes from above. Logits are those of the
+model's dtype; softmax and loss are computed in fp32.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["Head", "chunked_loss", "head_of"]
+
+CHUNK = 256
+
+
+@dataclass(frozen=True)
+class Head:
+    """An output layer: matrix (vocabulary, width), bias or None, and trained rows that stand in for those of `ids`."""
+
+    weight: Tensor
+    bias: Tensor | None = None
+    ids: Tensor | None = None
+    rows: Tensor | None = None
+
+
+def head_of(layer: Any) -> Head:
+    """The parts of an output layer, whether plain or with PEFT's trained rows. Raises TypeError for another kind."""
+    adapter = getattr(layer, "token_adapter", layer)
+    base = adapter.get_base_layer() if hasattr(adapter, "get_base_layer") else adapter
+    if type(base) is not nn.Linear:  # a quantised or LoRA head computes otherwise
+        raise TypeError(f"the output layer is a {type(base).__name__}")
+    names = getattr(adapter, "active_adapters", [])
+    if adapter is base or not names:
+        return Head(base.weight, base.bias)
+    (name,) = names
+    ids = torch.tensor(adapter.token_indices[name], device=base.weight.device)
+    return Head(base.weight, base.bias, ids, adapter.trainable_tokens_delta[name])
+
+
+def chunked_loss(hidden: Tensor, labels: Tensor, head: Head) -> Tensor:
+    """Summed cross-entropy in fp32. hidden: (positions, width); labels: (positions,), none of them masked."""
+    loss: Tensor = _ChunkedLoss.apply(hidden, labels, head.weight, head.bias, head.ids, head.rows)
+    return loss
+
+
+class _ChunkedLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[override]
+        context: Any,
+        hidden: Tensor,
+        labels: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        ids: Tensor | None,
+        rows: Tensor | None,
+    ) -> Tensor:
+        dtype = weight.dtype
+        hidden = hidden.to(dtype)
+        loss = hidden.new_zeros((), dtype=torch.float32)
+        wanted = context.needs_input_grad
+        to_hidden = torch.empty_like(hidden) if wanted[0] else None
+        to_weight = torch.zeros_like(weight, dtype=torch.float32) if wanted[2] else None
+        to_bias = torch.zeros_like(bias, dtype=torch.float32) if bias is not None and wanted[3] else None
+        to_rows = torch.zeros_like(rows, dtype=torch.float32) if rows is not None and wanted[5] else None
+        new = None if rows is None else rows.to(dtype)
+        for start in range(0, len(hidden), CHUNK):
+            part, gold = hidden[start : start + CHUNK], labels[start : start + CHUNK, None]
+            logits = part @ weight.T if bias is None else torch.addmm(bias, part, weight.T)
+            if new is not None:
+                scored = part @ new.T if bias is None else torch.addmm(bias[ids], part, new.T)
+                logits.index_copy_(1, ids, scored)
+            scores = logits.float()
+            total = scores.logsumexp(dim=1, keepdim=True)
+            loss += (total - scores.gather(1, gold)).sum()
+            if to_hidden is None:
+                continue
+            gradient = scores.sub_(total).exp_()
+            gradient.scatter_add_(1, gold, gradient.new_full(gold.shape, -1.0))
+            error = logits.copy_(gradient)
+            if to_bias is not None:
+                to_bias += gradient.sum(dim=0)
+            if new is not None:
+                own = error.index_select(1, ids)
+                error.index_fill_(1, ids, 0)
+                if to_rows is not None:
+                    to_rows += (own.T @ part).float()
+            torch.mm(error, weight, out=to_hidden[start : start + CHUNK])
+            if new is not None:
+                to_hidden[start : start + CHUNK] += own @ new
+            if to_weight is not None:
+                to_weight += (error.T @ part).float()
+        context.save_for_backward(to_hidden, to_weight, to_bias, to_rows)
+        context.dtypes = [t.dtype if t is not None else None for t in (weight, bias, rows)]
+        return loss
+
+    @staticmethod
+    def backward(context: Any, factor: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        to_hidden, *others = context.saved_tensors
+        scaled = [None if t is None else (t * factor).to(d) for t, d in zip(others, context.dtypes, strict=True)]
+        return to_hidden * factor.to(to_hidden.dtype), None, scaled[0], scaled[1], None, scaled[2]
