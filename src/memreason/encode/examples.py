@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -12,7 +12,17 @@ from memreason.core.errors import DataError
 from memreason.core.trace import Trace
 from memreason.encode.scheme import Codec
 
-__all__ = ["Example", "Examples", "collate", "coloured_mask", "encode_trace", "encode_traces", "pack_stream"]
+__all__ = [
+    "Example",
+    "Examples",
+    "collate",
+    "coloured_mask",
+    "encode_trace",
+    "encode_traces",
+    "pack",
+    "pack_stream",
+    "split_packed",
+]
 
 IGNORED = -100
 Example = dict[str, list[int]]
@@ -75,7 +85,10 @@ def pack_stream(rows: Sequence[Example], length: int) -> list[Example]:
 
 
 def collate(rows: Sequence[Example], pad_id: int) -> dict[str, torch.Tensor]:
-    """Pad on the right. Returns input_ids, attention_mask and labels, each (batch, longest)."""
+    """Pad on the right. Returns input_ids, attention_mask, labels and shift_labels, each (batch, longest).
+
+    shift_labels holds at each position the label of the next one, which is what its logits are scored against.
+    """
     longest = max(len(row["input_ids"]) for row in rows)
 
     def padded(values: Sequence[int], filler: int) -> list[int]:
@@ -85,7 +98,44 @@ def collate(rows: Sequence[Example], pad_id: int) -> dict[str, torch.Tensor]:
         "input_ids": torch.tensor([padded(row["input_ids"], pad_id) for row in rows]),
         "attention_mask": torch.tensor([padded([1] * len(row["input_ids"]), 0) for row in rows]),
         "labels": torch.tensor([padded(row["labels"], IGNORED) for row in rows]),
+        "shift_labels": torch.tensor([padded(row["labels"][1:], IGNORED) for row in rows]),
     }
+
+
+def pack(rows: Sequence[Example]) -> dict[str, torch.Tensor]:
+    """All rows end to end, without padding: input_ids, position_ids, labels and shift_labels of (1, tokens).
+
+    Positions start again with each row; cu_seq_lens_q, of (rows + 1,), holds where the rows begin and the last one
+    ends, under the name that Transformers' attention functions know. No row's last position has a label.
+    """
+    ids = [torch.tensor(row["input_ids"]) for row in rows]
+    labels = [torch.tensor(row["labels"]) for row in rows]
+    ends = torch.tensor([0, *map(len, ids)]).cumsum(0).to(torch.int32)
+    following = torch.cat([torch.cat([own[1:], own.new_tensor([IGNORED])]) for own in labels])
+    return {
+        "input_ids": torch.cat(ids)[None],
+        "position_ids": torch.cat([torch.arange(len(own)) for own in ids])[None],
+        "labels": torch.cat(labels)[None],
+        "shift_labels": following[None],
+        "cu_seq_lens_q": ends,
+    }
+
+
+def split_packed(batch: Mapping[str, torch.Tensor], limit: int) -> list[dict[str, torch.Tensor]]:
+    """A packed batch as pieces of whole rows and about equal size, of at most `limit` tokens where rows allow it."""
+    ends = batch["cu_seq_lens_q"].tolist()
+    share = ends[-1] / -(-ends[-1] // limit)
+    pieces: list[dict[str, torch.Tensor]] = []
+    first = 0
+    for last in range(1, len(ends)):
+        following = ends[min(last + 1, len(ends) - 1)] - ends[first]
+        if last < len(ends) - 1 and following <= limit and ends[last] < share * (len(pieces) + 1):
+            continue
+        start, end = ends[first], ends[last]
+        piece = {name: values[:, start:end] for name, values in batch.items() if name != "cu_seq_lens_q"}
+        pieces.append({**piece, "cu_seq_lens_q": batch["cu_seq_lens_q"][first : last + 1] - start})
+        first = last
+    return pieces
 
 
 def coloured_mask(codec: Codec, row: Example) -> Text:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface
 
-__all__ = ["PACKED", "attending", "packed_attention"]
+__all__ = ["PACKED", "attending", "packed_attention", "packs"]
 
 PACKED = "memreason_packed"
 BLOCK = 256
@@ -109,11 +109,34 @@ def _interface(
 ) -> tuple[Tensor, None]:
     """Transformers' door: tensors of (1, heads, tokens, width) in, (1, tokens, heads, width) out."""
     scale = settings.get("scaling") or query.shape[-1] ** -0.5
-    out = packed_attention(query[0], key[0], value[0], settings["cu_seq_lens_q"], scale)
+    query, key = query.to(value.dtype), key.to(value.dtype)  # autocast leaves those that were rotated in fp32
+    out = packed_attention(query[0], key[0], value[0], settings["cu_seq_lens_q"].cpu(), scale)
     return out.transpose(0, 1)[None], None
 
 
 AttentionInterface.register(PACKED, _interface)
+
+
+def packs(model: Any) -> bool:
+    """Whether two short traces packed give this model's logits of each alone, tried on it.
+
+    Not so where attention is no function of Transformers' table, or more than scores, mask and softmax.
+    """
+    config = model.config
+    windows = [value for name in ("sliding_window", "attention_chunk_size") if (value := getattr(config, name, None))]
+    dropped = any(getattr(config, name, 0.0) for name in ("attention_dropout", "attn_pdrop"))
+    if not getattr(model, "_supports_attention_backend", False) or windows or dropped:
+        return False
+    ids, training = torch.arange(6, device=model.device), model.training
+    bounds = torch.tensor([0, 2, 6], dtype=torch.int32)
+    with torch.no_grad():
+        model.eval()
+        alone = torch.cat([model(input_ids=part[None], use_cache=False).logits[0] for part in ids.split([2, 4])])
+        with attending(model, PACKED):
+            positions = torch.tensor([[0, 1, 0, 1, 2, 3]], device=model.device)
+            packed = model(input_ids=ids[None], position_ids=positions, cu_seq_lens_q=bounds, use_cache=False).logits[0]
+        model.train(training)
+    return bool((packed - alone).norm() < 0.05 * alone.norm())
 
 
 @contextmanager

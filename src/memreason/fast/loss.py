@@ -8,13 +8,15 @@ model's dtype; softmax and loss are computed in fp32.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Head", "chunked_loss", "head_of"]
+__all__ = ["Head", "chunked_loss", "head_of", "headless", "takes_hidden_states"]
 
 CHUNK = 256
 
@@ -41,6 +43,36 @@ def head_of(layer: Any) -> Head:
     (name,) = names
     ids = torch.tensor(adapter.token_indices[name], device=base.weight.device)
     return Head(base.weight, base.bias, ids, adapter.trainable_tokens_delta[name])
+
+
+@contextmanager
+def headless(layer: Any) -> Iterator[None]:
+    """Meanwhile an output layer passes on the hidden states that it gets."""
+    layer.forward = lambda hidden: hidden
+    try:
+        yield
+    finally:
+        del layer.forward
+
+
+def takes_hidden_states(model: Any) -> bool:
+    """Whether a model's logits are those of its output layer and nothing more, tried on four tokens.
+
+    Some models cap or scale logits, some heads are of another kind: they need their own forward pass.
+    """
+    layer = model.get_output_embeddings()
+    try:
+        head = head_of(layer)
+    except TypeError:
+        return False
+    ids, training = torch.arange(4, device=head.weight.device)[None], model.training
+    with torch.no_grad():
+        model.eval()
+        logits = model(input_ids=ids, use_cache=False).logits
+        with headless(layer):
+            hidden = model(input_ids=ids, use_cache=False).logits
+        model.train(training)
+        return torch.equal(layer(hidden), logits)
 
 
 def chunked_loss(hidden: Tensor, labels: Tensor, head: Head) -> Tensor:

@@ -26,7 +26,7 @@ from memreason.core.recipe import MethodRecipe
 from memreason.encode.scheme import PREFIX, Codec
 from memreason.fast.rows import row_layers, rows_beside
 
-__all__ = ["merged", "trainable"]
+__all__ = ["is_adapted", "merged", "network_of", "trainable"]
 
 LORA_MODULES = {
     "mlp": ["gate_proj", "up_proj", "down_proj"],
@@ -136,6 +136,11 @@ def merged(model: nn.Module) -> Iterator[None]:
         for layer, weight, data in zip(layers, weights, before, strict=True):
             weight.data = data
             layer.merged_adapters.clear()
+
+
+def network_of(model: Any) -> Any:
+    """The Transformers model inside an adapted one; itself otherwise."""
+    return model.get_base_model() if is_adapted(model) else model
 
 
 def is_adapted(model: nn.Module) -> bool:

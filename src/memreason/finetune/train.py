@@ -8,7 +8,7 @@ import shutil
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,9 +25,13 @@ from memreason.core.errors import RecipeError
 from memreason.core.files import writing
 from memreason.core.recipe import Recipe
 from memreason.encode.base import pick_dtype
-from memreason.encode.examples import Example, collate
+from memreason.encode.examples import IGNORED, Example, collate, pack, split_packed
 from memreason.encode.scheme import Codec
+from memreason.fast.attention import PACKED, attending, packs
+from memreason.fast.loss import chunked_loss, head_of, headless, takes_hidden_states
+from memreason.fast.memory import keep_freed_memory
 from memreason.finetune.checkpoint import checkpoints_in, save_checkpoint
+from memreason.finetune.methods import network_of
 
 __all__ = ["Evaluate", "train", "training_arguments"]
 
@@ -68,12 +72,35 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
 
 
 class _TraceTrainer(Trainer):
-    """Trainer with logits at supervised positions only, atomic checkpoints, and accuracy as its metric."""
+    """Trainer on packed traces where the model allows it (see the room `fast`), with atomic checkpoints, and accuracy
+    as its metric."""
 
     def __init__(self, *, codec: Codec, recipe: Recipe, answer: Evaluate | None, **arguments: Any) -> None:
         super().__init__(**arguments)
         self.codec, self.recipe, self.answer = codec, recipe, answer
         self.model_accepts_loss_kwargs = True  # loss is summed over supervised tokens, divided once a step
+        learnt = getattr(arguments["model"], "active_peft_config", None)
+        # PEFT puts virtual prompt tokens in front of the inputs, so that columns move to the right.
+        self.virtual = learnt.num_virtual_tokens if learnt is not None and learnt.peft_type == "PROMPT_TUNING" else 0
+        network = network_of(arguments["model"])
+        self.packed = not (learnt is not None and learnt.is_prompt_learning) and _packed(network)
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled  # a head's matrix is whole inside the model alone
+        self.headless = not sharded and takes_hidden_states(network)
+        if self.packed:
+            self.data_collator = pack
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
+    ) -> torch.Tensor:
+        """One pass forth and back for each piece of `train.pass_tokens`; gradients are exchanged with the last."""
+        if not self.packed:
+            return super().training_step(model, inputs, num_items_in_batch)
+        *pieces, last = split_packed(inputs, self.recipe.train.pass_tokens)
+        with attending(network_of(self.accelerator.unwrap_model(model)), PACKED):
+            with self.accelerator.no_sync(model) if pieces else nullcontext():
+                losses = [super(_TraceTrainer, self).training_step(model, part, num_items_in_batch) for part in pieces]
+            losses.append(super().training_step(model, last, num_items_in_batch))
+        return torch.stack(losses).sum()
 
     def compute_loss(
         self,
@@ -82,19 +109,21 @@ class _TraceTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
-        labels = inputs["labels"][:, 1:]
+        labels = inputs["shift_labels"]
         # The union of supervised columns: question columns need no logits over the vocabulary.
-        columns = (labels != -100).any(dim=0).nonzero().squeeze(-1)
-        # PEFT puts virtual prompt tokens in front of the inputs, so that columns move to the right.
-        adapter = getattr(self.accelerator.unwrap_model(model), "active_peft_config", None)
-        moved = adapter.num_virtual_tokens if adapter is not None and adapter.peft_type == "PROMPT_TUNING" else 0
-        outputs = model(
-            input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], logits_to_keep=columns + moved
+        columns = (labels != IGNORED).any(dim=0).nonzero().squeeze(-1)
+        wanted = {name: values for name, values in inputs.items() if name not in ("labels", "shift_labels")}
+        head = network_of(self.accelerator.unwrap_model(model)).get_output_embeddings()
+        with headless(head) if self.headless else nullcontext():
+            outputs = model(**wanted, use_cache=False, logits_to_keep=columns + self.virtual)
+        kept = labels[:, columns] != IGNORED
+        found, gold = outputs.logits[kept], labels[:, columns][kept]
+        loss = (
+            chunked_loss(found, gold, head_of(head))
+            if self.headless
+            else nn.functional.cross_entropy(found.float(), gold, reduction="sum")
         )
-        loss = nn.functional.cross_entropy(
-            outputs.logits.float().flatten(0, 1), labels[:, columns].flatten(), ignore_index=-100, reduction="sum"
-        )
-        loss = loss / (num_items_in_batch if num_items_in_batch is not None else (labels != -100).sum())
+        loss = loss / (num_items_in_batch if num_items_in_batch is not None else len(gold))
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
@@ -139,6 +168,13 @@ class _TraceTrainer(Trainer):
             for old in [c for c in checkpoints_in(run) if c.name != f"checkpoint-{best}"][:-limit]:
                 shutil.rmtree(old)
         self.accelerator.wait_for_everyone()
+
+
+def _packed(network: Any) -> bool:
+    """Whether traces are packed: on a CPU; a GPU without FlashAttention is as fast with padded batches."""
+    if network.device.type != "cpu":
+        return False
+    return packs(network)
 
 
 @contextmanager
@@ -213,6 +249,7 @@ def train(
     Returns {"best": checkpoint name, "history": the Trainer's log, "metrics": speed and peak}. Raises
     KeyboardInterrupt after a clean stop, StorageError if a checkpoint could not be written.
     """
+    keep_freed_memory()
     arguments = training_arguments(recipe)
     if (recipe.train.model_extra or {}).get("fp16") and not arguments.fp16 and PartialState().is_main_process:
         log.warning("train.fp16 needs a GPU: training in bf16 autocast here")

@@ -28,6 +28,7 @@ from memreason.core.recipe import EvalRecipe
 from memreason.core.trace import Question
 from memreason.encode.scheme import ANSWER, Codec
 from memreason.fast.attention import attending
+from memreason.fast.memory import keep_freed_memory
 from memreason.finetune.methods import is_adapted, merged
 
 __all__ = ["Generation", "generate"]
@@ -98,7 +99,7 @@ class _Cohort:
         return self.masks[window]
 
     def remember(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Put pending keys and values (tokens, groups, width) in their places; return all: (rows, groups, length, width)."""
+        """Put pending keys and values (tokens, groups, width) in place; return all: (rows, groups, length, width)."""
         kept = self.memory.get(layer)
         room = kept[0].shape[2] if kept else 0
         if room < self.length:
@@ -168,6 +169,7 @@ def generate(
     Greedy answers do not depend on the number in flight in fp32; sampled ones draw from a generator of
     their own, seeded by question, sample and seed. `skip` holds (question id, sample) already done.
     """
+    keep_freed_memory()
     room = getattr(model.config, "max_position_embeddings", None)
     rows = [
         _start(codec, question, sample, settings, room)
