@@ -34,7 +34,7 @@ from memreason.measure.score import score_trace
 from memreason.measure.stats import summarise
 from memreason.report.terminal import console, figures, note
 
-__all__ = ["ask", "dry_run", "evaluate", "run", "train"]
+__all__ = ["Prepared", "ask", "dry_run", "evaluate", "peak_memory", "prepare", "run", "train", "trainable_model"]
 
 ALPACA = (
     "Below is a question. Write a response that answers it.\n\n### Instruction:\n{question}{choices}\n\n### Response:\n"
@@ -42,7 +42,7 @@ ALPACA = (
 
 
 @dataclass(frozen=True)
-class _Prepared:
+class Prepared:
     """What stands before training: traces, the tokenizer with its planning tokens, and the examples of both."""
 
     splits: Splits
@@ -50,7 +50,8 @@ class _Prepared:
     examples: Examples
 
 
-def _prepare(recipe: Recipe) -> _Prepared:
+def prepare(recipe: Recipe) -> Prepared:
+    """Data, tokenizer and examples of a recipe."""
     splits = load_splits(recipe.data, warn=note)
     settings = recipe.model
     tokenizer = load_tokenizer(settings.base, revision=settings.revision, trust_remote_code=settings.trust_remote_code)
@@ -58,7 +59,7 @@ def _prepare(recipe: Recipe) -> _Prepared:
     examples = encode_traces(codec, splits.train, recipe.train.model_max_length, cut=recipe.train.cut)
     if examples.dropped or examples.cut:
         note(f"{examples.dropped} traces dropped, {examples.cut} cut: over {recipe.train.model_max_length} tokens")
-    return _Prepared(splits, codec, examples)
+    return Prepared(splits, codec, examples)
 
 
 def _scheme(recipe: Recipe) -> TokenScheme:
@@ -75,7 +76,7 @@ def _scheme(recipe: Recipe) -> TokenScheme:
     )
 
 
-def _trainable(recipe: Recipe, codec: Codec) -> Any:
+def trainable_model(recipe: Recipe, codec: Codec) -> Any:
     """The base model with its new rows, ready to be trained by the recipe's method."""
     settings = recipe.model
     model = load_model(
@@ -106,11 +107,11 @@ def train(recipe: Recipe, *, fresh: bool = False) -> Path:
         note(f"{folder} is trained already; --fresh trains it anew")
         return folder
     start = time.monotonic()
-    ready = _prepare(recipe)
+    ready = prepare(recipe)
     rows = ready.examples.rows
     if recipe.train.mode == "constant_len":
         rows = pack_stream(rows, recipe.train.model_max_length)
-    model = _trainable(recipe, ready.codec)
+    model = trainable_model(recipe, ready.codec)
     if main:
         write_json(manifest, _manifest(recipe, ready))
     done = run_trainer(recipe, model, ready.codec, rows, _selector(recipe, ready.codec, ready.splits))
@@ -142,7 +143,7 @@ def _claim(recipe: Recipe, fresh: bool) -> None:
     state.wait_for_everyone()
 
 
-def _manifest(recipe: Recipe, ready: _Prepared) -> dict[str, Any]:
+def _manifest(recipe: Recipe, ready: Prepared) -> dict[str, Any]:
     packages = ("memreason", "torch", "transformers", "peft", "tokenizers")
     splits = ready.splits
     return {
@@ -257,7 +258,7 @@ def run(recipe: Recipe, *, fresh: bool = False) -> dict[str, Any]:
 
 def dry_run(recipe: Recipe) -> None:
     """Render three examples with the mask in colour and print what training would take; train nothing."""
-    ready, arguments = _prepare(recipe), training_arguments(recipe)
+    ready, arguments = prepare(recipe), training_arguments(recipe)
     for trace in ready.splits.train[:3]:
         console.print(coloured_mask(ready.codec, encode_trace(ready.codec, trace)), "")
     rows, examples = ready.examples.rows, ready.examples
@@ -265,7 +266,7 @@ def dry_run(recipe: Recipe) -> None:
     per_step = each * arguments.gradient_accumulation_steps * PartialState().num_processes
     epochs = -(-len(rows) // per_step) * arguments.num_train_epochs
     steps = arguments.max_steps if arguments.max_steps > 0 else int(epochs)
-    model = _trainable(recipe, ready.codec)
+    model = trainable_model(recipe, ready.codec)
     sizes = [(p.numel(), p.element_size(), p.requires_grad) for p in model.parameters()]
     trained, longest = sum(count for count, _, grad in sizes if grad), max(len(row["input_ids"]) for row in rows)
     figures(

@@ -242,7 +242,13 @@ class _Bar(ProgressCallback):  # type: ignore[misc]
 
 
 def train(
-    recipe: Recipe, model: nn.Module, codec: Codec, examples: Sequence[Example], evaluate: Evaluate | None = None
+    recipe: Recipe,
+    model: nn.Module,
+    codec: Codec,
+    examples: Sequence[Example],
+    evaluate: Evaluate | None = None,
+    *,
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> dict[str, Any]:
     """Train `model` (see methods.trainable) and write checkpoints into the run folder, resuming if there are some.
 
@@ -266,7 +272,7 @@ def train(
         train_dataset=list(examples),
         eval_dataset=[],
         data_collator=partial(collate, pad_id=int(pad)),
-        callbacks=[stop],
+        callbacks=[stop, *callbacks],
     )
     if not arguments.disable_tqdm:
         trainer.remove_callback(ProgressCallback)

@@ -16,12 +16,11 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AttentionInterface
 
 from memreason.core.recipe import EvalRecipe
@@ -29,7 +28,10 @@ from memreason.core.trace import Question
 from memreason.encode.scheme import ANSWER, Codec
 from memreason.fast.attention import attending
 from memreason.fast.memory import keep_freed_memory
-from memreason.finetune.methods import is_adapted, merged
+from memreason.finetune.methods import is_adapted, merged, network_of
+from memreason.generate.choose import Choose, chooser
+from memreason.generate.plain import generate_plainly
+from memreason.generate.rows import Generation, Row, start
 
 __all__ = ["Generation", "generate"]
 
@@ -38,42 +40,10 @@ COHORTS = "memreason_cohorts"
 GROWTH = 64  # positions by which a cohort's memory grows
 
 
-@dataclass(frozen=True)
-class Generation:
-    """Ids of one generated trace (its opening block included) and the log-probability of each generated one."""
-
-    question: Question
-    sample: int
-    ids: list[int]
-    logprobs: list[float]
-
-
-@dataclass
-class _Row:
-    """A question being answered. `fed` tokens have keys and values; `pending` go in next, its last `drafted` unsure."""
-
-    question: Question
-    sample: int
-    limit: int
-    pending: list[int]
-    random: torch.Generator
-    fed: int = 0
-    drafted: int = 0
-    ids: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    draws: list[float] = field(default_factory=list)
-
-    def draw(self, number: int) -> float:
-        """The random number of generated token `number`: the same one whether it was drafted or not."""
-        while len(self.draws) <= number:
-            self.draws.append(float(torch.rand((), generator=self.random)))
-        return self.draws[number]
-
-
 class _Cohort:
     """Rows that started together, and their keys and values: for each layer (rows, groups, positions, width)."""
 
-    def __init__(self, rows: list[_Row], device: torch.device) -> None:
+    def __init__(self, rows: list[Row], device: torch.device) -> None:
         self.rows, self.device = rows, device
         self.memory: dict[int, tuple[Tensor, Tensor]] = {}
         self.masks: dict[int | None, Tensor] = {}
@@ -132,11 +102,13 @@ def _attend(module: Any, query: Tensor, key: Tensor, value: Tensor, _mask: Any, 
         own = slice(start, start := start + cohort.count)
         keys, values = cohort.remember(module.layer_idx, key[own], value[own])
         mask = cohort.mask(settings.get("sliding_window"), query)
-        parts.append(_attend_one(cohort, query[own] * scale, keys, values, mask))
+        parts.append(_attend_one(cohort, query[own] * scale, keys, values, mask, settings.get("softcap")))
     return torch.cat(parts)[None], None
 
 
-def _attend_one(cohort: _Cohort, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
+def _attend_one(
+    cohort: _Cohort, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, cap: float | None
+) -> Tensor:
     """query: (tokens, heads, width) -> the same shape. Heads that share a key head are rows of one product."""
     _, heads, width = query.shape
     rows, groups, length, _ = keys.shape
@@ -146,6 +118,8 @@ def _attend_one(cohort: _Cohort, query: Tensor, keys: Tensor, values: Tensor, ma
         query = padded
     query = query.view(rows, -1, groups, heads // groups, width).permute(0, 2, 3, 1, 4)
     scores = query.reshape(rows, groups, -1, width) @ keys.transpose(2, 3)
+    if cap:
+        scores = (scores / cap).tanh() * cap
     scores = scores.view(*query.shape[:4], length).add_(mask[:, :, None])
     found = scores.softmax(dim=-1).view(rows, groups, -1, length) @ values
     found = found.view(query.shape).permute(0, 3, 1, 2, 4).reshape(rows, -1, heads, width)
@@ -172,7 +146,7 @@ def generate(
     keep_freed_memory()
     room = getattr(model.config, "max_position_embeddings", None)
     rows = [
-        _start(codec, question, sample, settings, room)
+        start(codec, question, sample, settings, room)
         for question in questions
         for sample in range(settings.n_samples)
         if (question.id, sample) not in skip
@@ -182,7 +156,10 @@ def generate(
         log.warning("%d questions are longer than the limit of prompt and answer: they get none", len(too_long))
         yield [Generation(row.question, row.sample, opening, []) for row in too_long]
     waiting = deque(sorted((row for row in rows if row.limit >= 1), key=lambda row: -len(row.pending)))
-    drafts, choose = _drafts(codec), _chooser(model, settings)
+    if not getattr(network_of(model), "_supports_attention_backend", False):
+        yield from generate_plainly(model, list(waiting), settings, opening, codec.eos_id)
+        return
+    drafts, choose = _drafts(codec), chooser(model, settings)
     with merged(model), torch.inference_mode(), attending(model, COHORTS):
         network = _Network(model)
         cohorts: list[_Cohort] = []
@@ -196,19 +173,6 @@ def generate(
             if finished and (len(finished) * 4 >= settings.batch_size or not (waiting or cohorts)):
                 yield finished
                 finished = []
-
-
-def _start(codec: Codec, question: Question, sample: int, settings: EvalRecipe, positions: int | None) -> _Row:
-    prompt = codec.question_ids(question) + codec.opening()
-    whole = settings.max_length or len(prompt) + settings.max_new_tokens  # the published limit counts the prompt
-    limit = min(whole, positions or whole) - len(prompt)
-    seed = int(question.id[:12], 16) if _is_hex(question.id[:12]) else sum(question.id.encode())
-    random = torch.Generator().manual_seed((seed ^ (settings.seed * 1000003 + sample)) % 2**63)
-    return _Row(question, sample, limit, prompt, random)
-
-
-def _is_hex(text: str) -> bool:
-    return bool(text) and all(c in "0123456789abcdef" for c in text)
 
 
 def _drafts(codec: Codec) -> dict[int, list[int]]:
@@ -225,41 +189,14 @@ def _drafts(codec: Codec) -> dict[int, list[int]]:
     return drafts
 
 
-def _chooser(model: nn.Module, settings: EvalRecipe) -> Callable[[Tensor, Sequence[float]], Tensor]:
-    """How a token is taken from logits (tokens, vocabulary), with a random number for each."""
-    temperature, top_p, top_k = settings.temperature, settings.top_p, 0
-    sampled = settings.decoding == "sample"
-    if settings.decoding == "model-default":
-        defaults: Any = getattr(model, "generation_config", None)
-        sampled = bool(getattr(defaults, "do_sample", False))
-        if sampled:
-            temperature, top_p, top_k = defaults.temperature or 1.0, defaults.top_p or 1.0, defaults.top_k or 0
-    if not sampled:
-        return lambda logits, points: logits.argmax(dim=-1)
-
-    def sample(logits: Tensor, points: Sequence[float]) -> Tensor:
-        probabilities = (logits.float() / temperature).softmax(dim=-1).sort(dim=-1, descending=True)
-        values = probabilities.values.clone()
-        values[values.cumsum(dim=-1) - values > top_p] = 0
-        if top_k:
-            values[:, top_k:] = 0
-        edges = (values / values.sum(dim=-1, keepdim=True)).cumsum(dim=-1)
-        index = torch.searchsorted(edges, torch.tensor(points, device=edges.device)[:, None])
-        return probabilities.indices.gather(1, index.clamp(max=edges.shape[1] - 1)).squeeze(1)
-
-    return sample
-
-
-def _admit(cohorts: list[_Cohort], waiting: deque[_Row], size: int, network: _Network) -> None:
+def _admit(cohorts: list[_Cohort], waiting: deque[Row], size: int, network: _Network) -> None:
     """The next cohort joins as soon as a quarter of the places is free."""
     free = size - sum(len(cohort.rows) for cohort in cohorts)
     if waiting and free * 4 >= size:
         cohorts.append(network.cohort([waiting.popleft() for _ in range(min(free, len(waiting)))]))
 
 
-def _advance(
-    cohort: _Cohort, logits: Tensor, choose: Callable[..., Tensor], drafts: dict[int, list[int]], eos: int
-) -> list[_Row]:
+def _advance(cohort: _Cohort, logits: Tensor, choose: Choose, drafts: dict[int, list[int]], eos: int) -> list[Row]:
     """Take each row's next tokens from its logits (those after its last sure token and its drafted ones).
 
     Returns the rows that ended, which have left the cohort.
@@ -268,7 +205,7 @@ def _advance(
     chosen = choose(logits, points)
     picked = logits.gather(1, chosen[:, None]).squeeze(1).float() - logits.float().logsumexp(dim=-1)
     found = zip(chosen.tolist(), picked.tolist(), strict=True)
-    ended: dict[int, _Row] = {}
+    ended: dict[int, Row] = {}
     for number, row in enumerate(cohort.rows):
         sure = len(row.pending) - row.drafted
         draft, row.fed = row.pending[sure:], row.fed + sure
@@ -300,7 +237,7 @@ class _Network:
         self.virtual: int = model.active_peft_config.num_virtual_tokens if learnt else 0
         self.prefix = learnt and model.active_peft_config.peft_type == "PREFIX_TUNING"
 
-    def cohort(self, rows: list[_Row]) -> _Cohort:
+    def cohort(self, rows: list[Row]) -> _Cohort:
         if self.prefix:
             cache = self.model.get_prompt(batch_size=len(rows))
             for row in rows:

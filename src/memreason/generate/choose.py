@@ -1,0 +1,40 @@
+"""How the next token is taken from logits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from memreason.core.recipe import EvalRecipe
+
+__all__ = ["Choose", "chooser"]
+
+Choose = Callable[[Tensor, Sequence[float]], Tensor]
+
+
+def chooser(model: nn.Module, settings: EvalRecipe) -> Choose:
+    """How a token is taken from logits (tokens, vocabulary), with a random number for each."""
+    temperature, top_p, top_k = settings.temperature, settings.top_p, 0
+    sampled = settings.decoding == "sample"
+    if settings.decoding == "model-default":
+        defaults: Any = getattr(model, "generation_config", None)
+        sampled = bool(getattr(defaults, "do_sample", False))
+        if sampled:
+            temperature, top_p, top_k = defaults.temperature or 1.0, defaults.top_p or 1.0, defaults.top_k or 0
+    if not sampled:
+        return lambda logits, points: logits.argmax(dim=-1)
+
+    def sample(logits: Tensor, points: Sequence[float]) -> Tensor:
+        probabilities = (logits.float() / temperature).softmax(dim=-1).sort(dim=-1, descending=True)
+        values = probabilities.values.clone()
+        values[values.cumsum(dim=-1) - values > top_p] = 0
+        if top_k:
+            values[:, top_k:] = 0
+        edges = (values / values.sum(dim=-1, keepdim=True)).cumsum(dim=-1)
+        index = torch.searchsorted(edges, torch.tensor(points, device=edges.device)[:, None])
+        return probabilities.indices.gather(1, index.clamp(max=edges.shape[1] - 1)).squeeze(1)
+
+    return sample

@@ -1,0 +1,306 @@
+"""The fast path gives the same numbers as the plain one: attention, rows, loss, packing, drafts."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft.tuners.trainable_tokens import TrainableTokensLayer
+from torch.nn import functional as F
+from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from conftest import BASES, own_traces, save_base, tiny_model, tiny_recipe
+from memreason import pipeline
+from memreason.core.files import read_json
+from memreason.core.recipe import EvalRecipe
+from memreason.core.trace import Question
+from memreason.encode.examples import encode_trace, pack, split_packed
+from memreason.encode.scheme import Codec
+from memreason.fast import attention, loss
+from memreason.fast.attention import PACKED, attending, packed_attention, packs
+from memreason.fast.loss import Head, chunked_loss, head_of, headless, takes_hidden_states
+from memreason.fast.rows import RowLayer, row_layers
+from memreason.finetune import train as training
+from memreason.finetune.methods import merged, network_of
+from memreason.generate import engine
+from memreason.generate.engine import generate
+from test_modes import KINDS, MODULES
+from test_train import live
+
+SIZES: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "initializer_range": 0.3}
+NARROW = {"intermediate_size": 64, "num_key_value_heads": 2, "head_dim": 8}
+FAMILIES = {
+    "gpt2": lambda n: GPT2LMHeadModel(
+        GPT2Config(vocab_size=n, n_embd=32, n_layer=2, n_head=4, initializer_range=0.3, n_positions=256)
+    ),
+    "qwen3": lambda n: Qwen3ForCausalLM(Qwen3Config(vocab_size=n, **SIZES, **NARROW)),
+    "mistral": lambda n: MistralForCausalLM(MistralConfig(vocab_size=n, **SIZES, **NARROW, sliding_window=16)),
+    "gemma2": lambda n: Gemma2ForCausalLM(
+        Gemma2Config(
+            vocab_size=n, **SIZES, **NARROW, sliding_window=16, query_pre_attn_scalar=8, attn_logit_softcapping=2.0
+        )
+    ),
+    "bloom": lambda n: BloomForCausalLM(
+        BloomConfig(vocab_size=n, hidden_size=32, n_layer=2, n_head=4, initializer_range=0.3)
+    ),
+    **{name: make for name, make in KINDS.items() if name != "padded"},
+}
+
+
+def family(name: str, rows: int) -> Any:
+    torch.manual_seed(0)
+    return FAMILIES[name](rows).eval()
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_packed_attention_is_attention_of_each_trace(groups: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "BLOCK", 5)  # traces of less, of just as many and of more positions
+    torch.manual_seed(0)
+    bounds = torch.tensor([0, 3, 8, 9, 22])
+    tensors = [torch.randn(heads, 22, 8, requires_grad=True) for heads in (4, groups, groups)]
+    query, key, value = tensors
+    out = packed_attention(query, key, value, bounds, 0.3)
+    key, value = (tensor.repeat_interleave(4 // groups, dim=0) for tensor in (key, value))
+    alone = [
+        F.scaled_dot_product_attention(query[:, a:b], key[:, a:b], value[:, a:b], is_causal=True, scale=0.3)
+        for a, b in pairwise(bounds.tolist())
+    ]
+    torch.testing.assert_close(out, torch.cat(alone, dim=1))
+    outer = torch.randn_like(out)
+    found = torch.autograd.grad(out, tensors, outer)
+    torch.testing.assert_close(found, torch.autograd.grad(torch.cat(alone, dim=1), tensors, outer))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("rows", [False, True])
+def test_chunked_loss_is_cross_entropy(bias: bool, rows: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loss, "CHUNK", 4)
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(10, 8, requires_grad=True), torch.randn(20, 8, requires_grad=True)
+    labels, ids = torch.randint(0, 20, (10,)), torch.tensor([3, 19]) if rows else None
+    labels[:2] = torch.tensor([3, 19])
+    added = torch.randn(20, requires_grad=True) if bias else None
+    new = torch.randn(2, 8, requires_grad=True) if rows else None
+    whole = weight if new is None else weight.index_copy(0, ids, new)
+    expected = F.cross_entropy(F.linear(hidden, whole, added), labels, reduction="sum")
+    found = chunked_loss(hidden, labels, Head(weight, added, ids, new))
+    torch.testing.assert_close(found, expected)
+    wanted = [tensor for tensor in (hidden, weight, added, new) if tensor is not None]
+    gradients = zip(torch.autograd.grad(found * 3, wanted), torch.autograd.grad(expected * 3, wanted), strict=True)
+    for mine, theirs in gradients:
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("method", ["prompt-tuning", "lora+prompt-tuning"])
+def test_rows_beside_the_matrix_are_pefts_rows(tmp_path: Path, kind: str, method: str) -> None:
+    base = save_base(tmp_path / "base", KINDS[kind])
+    recipe = tiny_recipe(tmp_path, base, **{"method.name": method, "method.lora_module": MODULES.get(kind, "all")})
+    model, codec = live(base, recipe)
+    for name, parameter in model.named_parameters():
+        if "trainable_tokens" in name:
+            torch.nn.init.normal_(parameter)
+    row = encode_trace(codec, own_traces(1)[0])
+    batch = {"input_ids": torch.tensor([row["input_ids"]]), "labels": torch.tensor([row["labels"]])}
+    wanted = [p for n, p in model.named_parameters() if "trainable_tokens" in n]
+
+    def outcome() -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+        out = model(**batch)
+        return out.logits, torch.autograd.grad(out.loss, wanted)
+
+    assert {type(layer) for layer in row_layers(model)} == {RowLayer}
+    logits, gradients = outcome()
+    for layer in row_layers(model):
+        layer.__class__ = TrainableTokensLayer
+    theirs, their_gradients = outcome()
+    if kind != "biased":  # PEFT drops a head's bias there; test_modes holds ours to keeping it
+        torch.testing.assert_close(logits, theirs)
+        torch.testing.assert_close(gradients, their_gradients)
+
+
+def test_packing_leaves_traces_apart(byte_codec: Codec) -> None:
+    model = tiny_model(len(byte_codec.tokenizer))
+    rows = [encode_trace(byte_codec, trace) for trace in own_traces(3)]
+    batch = pack(rows)
+    wanted = {name: batch[name] for name in ("input_ids", "position_ids", "cu_seq_lens_q")}
+    with torch.no_grad(), attending(model, PACKED):
+        together = model(**wanted, use_cache=False).logits[0]
+    assert model.config._attn_implementation != PACKED
+    alone = torch.cat([model(torch.tensor([row["input_ids"]])).logits[0] for row in rows])
+    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-4)
+
+
+def test_pieces_are_whole_rows_of_about_the_same_size(byte_codec: Codec) -> None:
+    rows = [encode_trace(byte_codec, trace) for trace in own_traces(16)]
+    batch = pack(rows)
+    total, longest = batch["input_ids"].shape[1], max(len(row["input_ids"]) for row in rows)
+    for limit in (1, longest, 300, 700, total, 10 * total):
+        pieces = split_packed(batch, limit)
+        for name in ("input_ids", "labels", "shift_labels", "position_ids"):
+            assert torch.equal(torch.cat([piece[name] for piece in pieces], dim=1), batch[name])
+        sizes = [piece["input_ids"].shape[1] for piece in pieces]
+        assert max(sizes) <= max(limit, longest)
+        assert all(piece["position_ids"][0, 0] == 0 == piece["cu_seq_lens_q"][0] for piece in pieces)
+        assert [int(piece["cu_seq_lens_q"][-1]) for piece in pieces] == sizes
+        assert limit < longest or len(pieces) <= -(-total // (limit - longest // 2))
+    assert len(split_packed(batch, 1)) == 16
+
+
+@pytest.mark.parametrize("method", ["full", "lora", "lora+prompt-tuning"])
+@pytest.mark.parametrize("kind", BASES)
+def test_losses_are_those_of_padded_batches(
+    tmp_path: Path, kind: str, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = save_base(tmp_path / "base", BASES[kind])
+    changes = {"method.name": method, "train.max_steps": 4, "train.per_device_train_batch_size": 6}
+
+    def curve(name: str, **more: Any) -> list[float]:
+        recipe = tiny_recipe(tmp_path, base, **changes, **more, output_dir=str(tmp_path / name))
+        state = read_json(pipeline.train(recipe) / "trainer_state.json")
+        return [entry["loss"] for entry in state["log_history"] if "loss" in entry]
+
+    packed = curve("packed")
+    in_pieces = curve("pieces", **{"train.pass_tokens": 100})
+    monkeypatch.setattr(training, "packs", lambda model: False)
+    padded = curve("padded")
+    monkeypatch.setattr(training, "takes_hidden_states", lambda model: False)
+    plain = curve("plain")
+    assert len(packed) == 4
+    assert packed == pytest.approx(plain, abs=2e-4)
+    assert in_pieces == pytest.approx(plain, abs=2e-4)
+    assert padded == pytest.approx(plain, abs=2e-4)
+
+
+def test_what_cannot_be_packed_or_be_headless_is_known() -> None:
+    able = {name: packs(family(name, 300)) for name in FAMILIES}
+    assert able == {**dict.fromkeys(FAMILIES, True), "gpt2": False, "mistral": False, "gemma2": False, "bloom": False}
+    heads = {name: takes_hidden_states(family(name, 300)) for name in FAMILIES}
+    assert heads == {**dict.fromkeys(FAMILIES, True), "gemma2": False}
+
+
+def test_headless_ends_with_its_block() -> None:
+    model = tiny_model(300)
+    ids = torch.arange(4)[None]
+    with torch.no_grad():
+        logits = model(ids).logits
+        with headless(model.lm_head):
+            assert model(ids).logits.shape == (1, 4, 32)
+        assert torch.equal(model(ids).logits, logits)
+        assert torch.equal(F.linear(model.model(ids).last_hidden_state, head_of(model.lm_head).weight), logits)
+
+
+def greedy(model: Any, ids: list[int], eos: int, count: int) -> list[int]:
+    """Plain decoding without a cache."""
+    made: list[int] = []
+    with torch.no_grad():
+        while len(made) < count and eos not in made:
+            made.append(int(model(input_ids=torch.tensor([ids + made]), use_cache=False).logits[0, -1].argmax()))
+    return made
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_engine_decodes_as_plain_loops_do(byte_codec: Codec, name: str) -> None:
+    model = family(name, len(byte_codec.tokenizer))
+    questions = [Question("word " * n + "?", "True") for n in (1, 9, 2, 5, 3)]
+    settings = EvalRecipe(batch_size=3, max_new_tokens=20)
+    made = {g.question.id: g.ids for batch in generate(model, byte_codec, questions, settings) for g in batch}
+    for question in questions:
+        prompt, opening = byte_codec.question_ids(question), byte_codec.opening()
+        assert made[question.id] == opening + greedy(model, prompt + opening, byte_codec.eos_id, 20), question
+
+
+@pytest.mark.parametrize("method", ["prefix-tuning", "prompt-tuning"])
+def test_the_engine_puts_learnt_prompts_in_front(tmp_path: Path, method: str) -> None:
+    base = save_base(tmp_path / "base")
+    changes = {"method.name": method, "tokens.n_prefix": 3, "train.max_steps": 4, "train.learning_rate": 0.3}
+    changes |= {"tokens.placement": "only_at_front"} if method == "prompt-tuning" else {}
+    recipe = tiny_recipe(tmp_path, base, **changes)
+    loaded = pipeline.load_checkpoint(pipeline.train(recipe))
+    questions = [trace.question for trace in own_traces(5)]
+    settings = EvalRecipe(batch_size=3, max_new_tokens=12)
+    made = {g.question.id: g for batch in generate(loaded.model, loaded.codec, questions, settings) for g in batch}
+    for question in questions:
+        prompt = loaded.codec.question_ids(question) + loaded.codec.opening()
+        expected = greedy(loaded.model, prompt, loaded.codec.eos_id, 12)
+        assert made[question.id].ids == loaded.codec.opening() + expected
+
+
+@pytest.fixture(scope="module")
+def fluent(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A run that has learnt to write traces."""
+    folder = tmp_path_factory.mktemp("fluent")
+    recipe = tiny_recipe(folder, save_base(folder / "base"), **{"train.max_steps": 250, "train.logging_steps": 50})
+    return pipeline.load_checkpoint(pipeline.train(recipe))
+
+
+@pytest.mark.parametrize("decoding", ["greedy", "sample"])
+def test_drafts_change_no_token(fluent: Any, decoding: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    questions = [trace.question for trace in own_traces(12)]
+    passes = 0
+    scores = engine._Network.scores
+
+    def counted(network: Any, cohorts: Any) -> Any:
+        nonlocal passes
+        passes += 1
+        return scores(network, cohorts)
+
+    monkeypatch.setattr(engine._Network, "scores", counted)
+
+    def answers(limit: int) -> tuple[dict[Any, Any], int]:
+        nonlocal passes
+        passes = 0
+        settings = EvalRecipe(batch_size=5, max_new_tokens=limit, decoding=decoding, n_samples=2)
+        made = [g for batch in generate(fluent.model, fluent.codec, questions, settings) for g in batch]
+        return {(g.question.id, g.sample): (g.ids, g.logprobs) for g in made}, passes
+
+    drafts, limits = engine._drafts, (1, 2, 5, 200)
+    with_drafts = [answers(limit) for limit in limits]
+    monkeypatch.setattr(engine, "_drafts", lambda codec: {})
+    without = [answers(limit) for limit in limits]
+    assert drafts(fluent.codec)
+    for (mine, _), (plain, _) in zip(with_drafts, without, strict=True):
+        assert {key: ids for key, (ids, _) in mine.items()} == {key: ids for key, (ids, _) in plain.items()}
+        for key, (_, logprobs) in mine.items():
+            assert logprobs == pytest.approx(plain[key][1], abs=1e-3)
+    most = 0.9 if decoding == "greedy" else 1.0  # what is drawn at random follows fewer drafts
+    assert with_drafts[-1][1] < most * without[-1][1]
+    monkeypatch.setattr(engine, "_drafts", lambda codec: {n: [n, n + 1] for n in range(200)})  # nearly all wrong
+    assert {k: ids for k, (ids, _) in answers(200)[0].items()} == {k: ids for k, (ids, _) in without[-1][0].items()}
+
+
+def test_every_question_is_answered_once_with_any_number_in_flight(fluent: Any) -> None:
+    questions = [trace.question for trace in own_traces(23)]
+    found = []
+    for size in (1, 4, 7, 64):
+        batches = list(generate(fluent.model, fluent.codec, questions, EvalRecipe(batch_size=size, max_new_tokens=150)))
+        made = [one for batch in batches for one in batch]
+        assert sorted(one.question.id for one in made) == sorted(question.id for question in questions)
+        found.append({one.question.id: one.ids for one in made})
+    assert found[1:] == found[:1] * 3
+
+
+def test_generating_leaves_the_weights_as_they_were(fluent: Any) -> None:
+    network = network_of(fluent.model).to(torch.bfloat16)
+    before = {name: parameter.clone() for name, parameter in network.named_parameters()}
+    with merged(fluent.model):
+        changed = [n for n, parameter in network.named_parameters() if not torch.equal(parameter, before[n])]
+        assert any("gate_proj.base_layer" in name for name in changed)
+        assert any("embed_tokens" in name for name in changed)
+    for name, parameter in network.named_parameters():
+        assert torch.equal(parameter, before[name])
+        assert not parameter.is_inference()
+    network.to(torch.float32)
