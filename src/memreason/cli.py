@@ -152,6 +152,15 @@ def _models_pull(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
     print(pull(arguments.name))
 
 
+def _bench(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
+    from memreason.bench import Settings, bench
+    from memreason.report.terminal import print_bench
+
+    given = {name: value for name, value in vars(arguments).items() if name in Settings.__dataclass_fields__}
+    results = bench(Settings(**{name: value for name, value in given.items() if value is not None}))
+    print_bench(results)
+
+
 class Verb(NamedTuple):
     """A command: its function, one line of help, its arguments, and whether it takes a recipe's fields as flags."""
 
@@ -193,6 +202,19 @@ VERBS = {
             "question": {"help": "the question, in quotes"},
             "--choice": {"action": "append", "default": [], "help": "a choice; may be repeated"},
             "--base": BASE,
+        },
+    ),
+    "bench": Verb(
+        _bench,
+        "how fast this machine trains and evaluates, beside the public libraries",
+        {
+            "recipe": {"nargs": "?", "help": "recipe file or name (default: strategyqa-smollm2)"},
+            "--run": {"type": Path, "help": "trained run or checkpoint, for the evaluations"},
+            "--rounds": {"type": int, "help": "turns of each comparison (default: 3)"},
+            "--questions": {"type": int, "help": "questions to evaluate on (default: 300)"},
+            "--vllm-python": {"type": Path, "metavar": "PYTHON", "help": "of an environment that holds vLLM"},
+            "--curves": {"action": "store_true", "help": "also time against traces and questions in flight, as plots"},
+            "--out": {"type": Path, "help": "folder of the results (default: bench)"},
         },
     ),
     "data list": Verb(_data_list, "tasks and what is imported", {}),
