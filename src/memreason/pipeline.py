@@ -22,7 +22,7 @@ from memreason.core.recipe import EvalRecipe, Recipe, load_recipe
 from memreason.core.trace import Question, Trace
 from memreason.data.tasks import TASKS, Splits, load_eval, load_splits
 from memreason.encode.base import load_model, load_tokenizer
-from memreason.encode.examples import Examples, coloured_mask, encode_trace, encode_traces, pack_stream
+from memreason.encode.examples import Example, Examples, coloured_mask, encode_trace, encode_traces, pack_stream
 from memreason.encode.scheme import Codec, TokenScheme
 from memreason.encode.vocab import add_rows, add_tokens
 from memreason.finetune.checkpoint import Checkpoint, load_checkpoint
@@ -108,7 +108,7 @@ def train(recipe: Recipe, *, fresh: bool = False) -> Path:
         return folder
     start = time.monotonic()
     ready = prepare(recipe)
-    rows = ready.examples.rows
+    rows: Sequence[Example] = ready.examples.rows
     if recipe.train.mode == "constant_len":
         rows = pack_stream(rows, recipe.train.model_max_length)
     model = trainable_model(recipe, ready.codec)
@@ -268,7 +268,7 @@ def dry_run(recipe: Recipe) -> None:
     steps = arguments.max_steps if arguments.max_steps > 0 else int(epochs)
     model = trainable_model(recipe, ready.codec)
     sizes = [(p.numel(), p.element_size(), p.requires_grad) for p in model.parameters()]
-    trained, longest = sum(count for count, _, grad in sizes if grad), max(len(row["input_ids"]) for row in rows)
+    trained, longest = sum(count for count, _, grad in sizes if grad), int(rows.lengths.max())
     figures(
         recipe.name,
         [

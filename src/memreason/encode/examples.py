@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
 
+import numpy as np
 import torch
 from rich.text import Text
+from tokenizers import Encoding
 
 from memreason.core.errors import DataError
 from memreason.core.trace import Trace
+from memreason.encode.pieces import IGNORED, Apart, Example, Rows, put_together, take_apart
 from memreason.encode.scheme import Codec
 
 __all__ = [
     "Example",
     "Examples",
+    "Rows",
     "collate",
     "coloured_mask",
     "encode_trace",
@@ -22,37 +29,29 @@ __all__ = [
     "pack",
     "pack_stream",
     "split_packed",
+    "stream_examples",
 ]
 
-IGNORED = -100
-Example = dict[str, list[int]]
+CHUNK = 500  # traces encoded in one call: more of them leave the caches, fewer leave cores waiting
+AHEAD = 2  # chunks: one is at work in the tokenizer, one waits to be
 
 
-@dataclass
+@dataclass(frozen=True)
 class Examples:
-    """Encoded examples and what was left out or cut on the way."""
+    """Encoded examples and how many were left out or cut on the way."""
 
-    rows: list[Example] = field(default_factory=list)
+    rows: Rows
     dropped: int = 0
     cut: int = 0
 
     @property
     def tokens(self) -> int:
-        return sum(len(row["input_ids"]) for row in self.rows)
+        return len(self.rows.ids)
 
 
 def encode_trace(codec: Codec, trace: Trace) -> Example:
     """Ids of question and trace; labels are the trace's tokens, the question's are masked (law 4)."""
-    ids: list[int] = []
-    labels: list[int] = []
-
-    def add(tokens: Sequence[int], supervised: bool) -> None:
-        ids.extend(tokens)
-        labels.extend(tokens if supervised else [IGNORED] * len(tokens))
-
-    add(codec.question_ids(trace.question), False)
-    add(codec.render(trace), True)
-    return {"input_ids": ids, "labels": labels}
+    return codec.encode_pieces([codec.pieces(trace)])[0]
 
 
 def encode_traces(codec: Codec, traces: Iterable[Trace], max_length: int, *, cut: bool = False) -> Examples:
@@ -60,24 +59,51 @@ def encode_traces(codec: Codec, traces: Iterable[Trace], max_length: int, *, cut
 
     Raises DataError if nothing is left.
     """
-    examples = Examples()
-    for trace in traces:
-        row = encode_trace(codec, trace)
-        if len(row["input_ids"]) > max_length:
-            row = {key: values[:max_length] for key, values in row.items()}
-            if not cut or all(label == IGNORED for label in row["labels"]):
-                examples.dropped += 1
-                continue
-            examples.cut += 1
-        examples.rows.append(row)
-    if not examples.rows:
-        raise DataError(
-            f"no example is left of {examples.dropped}: all exceed train.model_max_length = {max_length} tokens"
-        )
-    return examples
+    parts = list(stream_examples(codec, traces, max_length, cut=cut))
+    dropped = sum(part.dropped for part in parts)
+    if not any(len(part.rows) for part in parts):
+        raise DataError(f"no example is left of {dropped}: all exceed train.model_max_length = {max_length} tokens")
+    arrays = zip(*((part.rows.ids, part.rows.supervised, part.rows.lengths) for part in parts), strict=True)
+    return Examples(Rows(*map(np.concatenate, arrays)), dropped, sum(part.cut for part in parts))
 
 
-def pack_stream(rows: Sequence[Example], length: int) -> list[Example]:
+def stream_examples(
+    codec: Codec, traces: Iterable[Trace], max_length: int, *, cut: bool = False, chunk: int = CHUNK
+) -> Iterator[Examples]:
+    """What `encode_traces` makes, `chunk` traces at a time and in their order, held only until the next is asked for.
+
+    AHEAD chunks more are read, so that the tokenizer, which needs no interpreter lock, never waits for Python.
+    """
+    left = iter(traces)
+    chunks = iter(lambda: list(islice(left, chunk)), [])
+    started: deque[tuple[Apart, Future[list[Encoding]]]] = deque()
+
+    def finish() -> Examples:
+        apart, job = started.popleft()
+        return _within(put_together(apart, job.result()), max_length, cut)
+
+    with ThreadPoolExecutor(1) as pool:
+        for some in chunks:
+            apart = take_apart(map(codec.pieces, some))
+            started.append((apart, pool.submit(codec.encode_batch, apart.texts)))
+            if len(started) > AHEAD:
+                yield finish()
+        while started:
+            yield finish()
+
+
+def _within(rows: Rows, max_length: int, cut: bool) -> Examples:
+    """Drop, or cut, and count the rows over `max_length`. One whose kept part teaches nothing is dropped."""
+    inside = np.arange(len(rows.ids)) - np.repeat(rows.starts, rows.lengths) < max_length
+    taught = np.logical_or.reduceat(rows.supervised & inside, rows.starts)
+    long = rows.lengths > max_length
+    kept = ~long | (taught & cut)
+    tokens = inside & np.repeat(kept, rows.lengths)
+    short = Rows(rows.ids[tokens], rows.supervised[tokens], np.minimum(rows.lengths, max_length)[kept])
+    return Examples(short, int((~kept).sum()), int((long & kept).sum()))
+
+
+def pack_stream(rows: Iterable[Example], length: int) -> list[Example]:
     """The published `constant_len` mode: one stream, cut every `length` tokens, questions supervised too."""
     stream = [token for row in rows for token in row["input_ids"]]
     pieces = [stream[start : start + length] for start in range(0, len(stream), length)]

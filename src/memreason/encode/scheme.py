@@ -5,23 +5,23 @@ Planning tokens: arXiv 2310.05707, section 3. Memory and reason tokens: arXiv 24
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tokenizers import Tokenizer
+from tokenizers import Encoding
 from transformers import PreTrainedTokenizerBase
 
 from memreason.core.errors import CheckpointError, ModelError
 from memreason.core.files import read_json, write_json
 from memreason.core.trace import ASSIGNMENT, LETTERS, MEMORY, REASON, Question, Step, Trace
+from memreason.encode.base import bare_tokenizer, text_fingerprint
+from memreason.encode.pieces import Piece, Rows, put_together, take_apart
 
-__all__ = ["PLACEMENTS", "Codec", "TokenScheme", "bare_tokenizer", "text_fingerprint"]
+__all__ = ["PLACEMENTS", "Codec", "TokenScheme"]
 
 PLACEMENTS = ("each_step", "only_at_front")
 SCHEME_FILE = "token_scheme.json"
@@ -63,13 +63,17 @@ class TokenScheme:
         return [token for block in self.blocks.values() for token in block]
 
     def question_text(self, question: Question) -> str:
-        choices = "".join(
+        choices = [
             self.choice_template.replace("{letter}", letter).replace("{choice}", choice)
             for letter, choice in zip(LETTERS, question.choices or (), strict=False)
-        )
+        ]
         # One pass and no format(): braces in a question or a choice are ordinary characters.
-        texts = {"{question}": question.text, "{choices}": choices}
-        return re.sub(r"\{(?:question|choices)\}", lambda field: texts[field[0]], self.question_template)
+        texts = {"{question}": question.text, "{choices}": "".join(choices)}
+        return "".join([texts.get(part, part) for part in self._question_parts])
+
+    @cached_property
+    def _question_parts(self) -> list[str]:
+        return re.split(r"(\{question\}|\{choices\})", self.question_template)
 
     def save(self, folder: Path) -> None:
         write_json(folder / SCHEME_FILE, asdict(self))
@@ -87,34 +91,6 @@ class TokenScheme:
             return cls(**{**values, "kinds": tuple(values["kinds"])})
         except (TypeError, KeyError) as error:
             raise CheckpointError(f"{path}: not a token scheme of this version ({error})") from error
-
-
-def text_fingerprint(text_tokenizer: Tokenizer) -> str:
-    """Names a base tokenizer by what it does to a few texts of several scripts, not by its file."""
-    probe = ["The answer is: True\n", " Ünïcode 123 <memory_0> 東京", "\tdef f(x):  return x"]
-    ids = [encoding.ids for encoding in text_tokenizer.encode_batch(probe, add_special_tokens=False)]
-    return hashlib.sha256(json.dumps([ids, text_tokenizer.get_vocab_size()]).encode()).hexdigest()[:16]
-
-
-def bare_tokenizer(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str] = ()) -> Tokenizer:
-    """The base tokenizer: no planning tokens, and control tokens in a text are ordinary characters."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        raise ModelError(f"{type(tokenizer).__name__} has no fast (tokenizers) backend, which memreason needs")
-    state = json.loads(backend.to_str())
-    state["added_tokens"] = [entry for entry in state["added_tokens"] if entry["content"] not in set(tokens)]
-    state["truncation"] = state["padding"] = None
-    vocabulary = state["model"]["vocab"]
-    if isinstance(vocabulary, list):
-        # A Unigram model holds its control tokens as pieces too and would match them in a text:
-        # give those pieces a name that no text has.
-        control = {entry["content"] for entry in state["added_tokens"] if entry["special"]}
-        state["model"]["vocab"] = [[f"\0{piece}" if piece in control else piece, score] for piece, score in vocabulary]
-        state["added_tokens"] = [entry for entry in state["added_tokens"] if entry["content"] not in control]
-        state["post_processor"] = None
-    bare = Tokenizer.from_str(json.dumps(state))
-    bare.encode_special_tokens = True
-    return bare
 
 
 class Line(NamedTuple):
@@ -147,6 +123,8 @@ class Codec:
         self.eos_id = int(tokenizer.eos_token_id)
         self.blocks = {name: [vocabulary[token] for token in block] for name, block in scheme.blocks.items()}
         self.separator = self.encode(scheme.block_separator) if scheme.block_separator else []
+        self._line_blocks: dict[tuple[str, ...], tuple[int, ...]] = {}
+        self._answer_block = self.block(PREFIX, ANSWER)
         self._place = {i: (name, k) for name, block in self.blocks.items() for k, i in enumerate(block)}
 
     @cached_property
@@ -157,40 +135,70 @@ class Codec:
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text that a user wrote: never a control token (law 1)."""
-        return list(self.text_tokenizer.encode(text, add_special_tokens=False).ids)
+        return list(self.encode_batch([text])[0].ids)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[Encoding]:
+        """The same for many texts, on all cores and without the interpreter lock. Ids are made when asked for."""
+        return self.text_tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+
+    def encode_pieces(self, rows: Iterable[Iterable[Piece]]) -> Rows:
+        """Rows of ids, their texts encoded in one call."""
+        apart = take_apart(rows)
+        return put_together(apart, self.encode_batch(apart.texts))
 
     def decode(self, ids: Sequence[int]) -> str:
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
-    def block(self, *names: str) -> list[int]:
-        """Ids of these blocks in a row, each followed by the separator (empty unless imported)."""
-        return [i for name in names for token in self.blocks.get(name, ()) for i in (token, *self.separator)]
+    def block(self, *names: str) -> tuple[int, ...]:
+        """Ids of these blocks in a row, each token followed by the separator (empty unless imported)."""
+        return tuple(i for name in names for token in self.blocks.get(name, ()) for i in (token, *self.separator))
 
     def question_ids(self, question: Question) -> list[int]:
-        return self.opening_special_ids + self.encode(self.scheme.question_text(question))
+        return self._ids(self.question_pieces(question))
 
     def opening(self) -> list[int]:
         """The block that every trace begins with: given to the model when it generates."""
-        return self.block(PREFIX)
+        return list(self.block(PREFIX))
 
     def render(self, trace: Trace) -> list[int]:
         """Ids of the trace alone, from the first block to EOS."""
-        scheme, each = self.scheme, self.scheme.placement == "each_step"
-        ids: list[int] = self.opening()
-        for number, step in enumerate(trace.steps):
-            if each:
-                ids += self.block(*((PREFIX,) if number else ()), *self._kinds(step))
-            ids += self.encode(" " + step.text + scheme.line_ending)
-        if each:
-            ids += self.block(*((PREFIX,) if trace.steps else ()), ANSWER)
-        answer = scheme.answer_template.replace("{answer}", trace.answer)
-        return [*ids, *self.encode(answer), self.eos_id]
+        return self._ids(self.trace_pieces(trace))
 
-    def _kinds(self, step: Step) -> tuple[str, ...]:
-        unknown = [kind for kind in step.kinds if kind not in (*self.scheme.kinds, ASSIGNMENT)]
-        if unknown and self.scheme.n_special:
-            raise ModelError(f"kinds {unknown} are not in the token scheme, which has {list(self.scheme.kinds)}")
-        return step.kinds or (ASSIGNMENT,)
+    def _ids(self, pieces: Iterable[Piece]) -> list[int]:
+        ids: list[int] = self.encode_pieces([pieces]).ids.tolist()
+        return ids
+
+    def pieces(self, trace: Trace) -> Iterator[Piece]:
+        """What an example is made of: the question, which is masked, and the trace."""
+        yield from self.question_pieces(trace.question)
+        yield from self.trace_pieces(trace)
+
+    def question_pieces(self, question: Question) -> Iterator[Piece]:
+        yield tuple(self.opening_special_ids), False
+        yield self.scheme.question_text(question), False
+
+    def trace_pieces(self, trace: Trace) -> Iterator[Piece]:
+        """What a trace is made of, from the first block to EOS: its texts between the ids of blocks (laws 1, 2, 4)."""
+        scheme, each = self.scheme, self.scheme.placement == "each_step"
+        if not each:
+            yield self.block(PREFIX), True
+        for step in trace.steps:
+            if each:
+                yield self._line_block(step.kinds), True
+            yield " " + step.text + scheme.line_ending, True
+        if each:
+            yield self._answer_block, True
+        yield scheme.answer_template.replace("{answer}", trace.answer), True
+        yield (self.eos_id,), True
+
+    def _line_block(self, kinds: tuple[str, ...]) -> tuple[int, ...]:
+        """The block of a line, made once for all lines of these kinds. Raises ModelError for unknown kinds."""
+        if kinds not in self._line_blocks:
+            unknown = [kind for kind in kinds if kind not in (*self.scheme.kinds, ASSIGNMENT)]
+            if unknown and self.scheme.n_special:
+                raise ModelError(f"kinds {unknown} are not in the token scheme, which has {list(self.scheme.kinds)}")
+            self._line_blocks[kinds] = self.block(PREFIX, *(kinds or (ASSIGNMENT,)))
+        return self._line_blocks[kinds]
 
     def parse(self, question: Question, ids: Sequence[int]) -> Trace:
         """Read generated ids. Never raises: what fits no trace is named in `faults` (law 3).

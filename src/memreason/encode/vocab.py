@@ -10,7 +10,8 @@ from tokenizers import AddedToken
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from memreason.core.errors import ModelError
-from memreason.encode.scheme import Codec, TokenScheme, bare_tokenizer, text_fingerprint
+from memreason.encode.base import bare_tokenizer, text_fingerprint
+from memreason.encode.scheme import Codec, TokenScheme
 
 __all__ = ["add_rows", "add_tokens"]
 

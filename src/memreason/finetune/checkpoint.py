@@ -18,8 +18,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from memreason.core.errors import CheckpointError
 from memreason.core.files import write_text
 from memreason.core.recipe import Recipe, load_recipe
-from memreason.encode.base import load_model, load_tokenizer, pick_dtype
-from memreason.encode.scheme import SCHEME_FILE, Codec, TokenScheme, bare_tokenizer, text_fingerprint
+from memreason.encode.base import bare_tokenizer, load_model, load_tokenizer, pick_dtype, text_fingerprint
+from memreason.encode.scheme import SCHEME_FILE, Codec, TokenScheme
 from memreason.encode.vocab import add_rows
 from memreason.fast.rows import rows_beside
 

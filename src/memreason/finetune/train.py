@@ -269,7 +269,7 @@ def train(
         codec=codec,
         recipe=recipe,
         answer=evaluate,
-        train_dataset=list(examples),
+        train_dataset=examples,
         eval_dataset=[],
         data_collator=partial(collate, pad_id=int(pad)),
         callbacks=[stop, *callbacks],

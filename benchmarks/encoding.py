@@ -1,0 +1,113 @@
+"""Encoding: streamed traces against bare `encode_batch_fast` on the same texts, and the memory that streaming takes.
+
+    python benchmarks/encoding.py
+
+Both encode the same slices of traces in turn, in calls of the same size. The bare call gets its texts ready made and
+throws its encodings away. In the first row no text but answers comes twice; in the second the lines of the traces
+come again as they do in atlas, and those are encoded once a chunk.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from itertools import islice
+from typing import Any
+
+import psutil
+from rich.progress import track
+
+from memreason.core.trace import Step, Trace
+from memreason.data.atlas import make_atlas
+from memreason.encode.base import load_tokenizer
+from memreason.encode.examples import CHUNK, stream_examples
+from memreason.encode.scheme import Codec, TokenScheme
+from memreason.encode.vocab import add_tokens
+from memreason.report.terminal import console
+
+SLICES = 10
+MAX_LENGTH = 1024
+
+
+def make_traces(count: int, *, vary_lines: bool) -> Iterator[Trace]:
+    """Traces of atlas over and over, with a number behind each question and, if asked to, each line."""
+    known = make_atlas("train", 2000)
+    for n in range(count):
+        trace = known[n % len(known)]
+        question = replace(trace.question, text=f"{trace.question.text} ({n})", id=str(n))
+        lines = tuple(Step(step.kinds, f"{step.text} ({n})") for step in trace.steps) if vary_lines else trace.steps
+        yield Trace(question, lines)
+
+
+def text_chunks(codec: Codec, traces: Sequence[Trace], chunk: int) -> list[list[str]]:
+    """The texts that are encoded in one call, for each chunk of traces."""
+    rows = [[part for part, _ in codec.pieces(trace) if isinstance(part, str)] for trace in traces]
+    return [[text for row in rows[start : start + chunk] for text in row] for start in range(0, len(rows), chunk)]
+
+
+def seconds(work: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def measure_rates(codec: Codec, count: int = 100_000, *, vary_lines: bool = True, chunk: int = CHUNK) -> dict[str, Any]:
+    """Traces a second, bare and streamed, and the ratio of the two: its median and its extremes over the slices."""
+    traces = make_traces(count, vary_lines=vary_lines)
+    bare, streamed = [], []
+
+    def encode_bare(texts: list[list[str]]) -> None:
+        for some in texts:
+            codec.text_tokenizer.encode_batch_fast(some, add_special_tokens=False)
+
+    def encode_streamed(some: list[Trace]) -> None:
+        for _ in stream_examples(codec, some, MAX_LENGTH, chunk=chunk):
+            pass
+
+    for _ in track(range(SLICES), "encoding", transient=True, console=console):
+        some = list(islice(traces, count // SLICES))
+        texts = text_chunks(codec, some, chunk)
+        bare.append(seconds(lambda texts=texts: encode_bare(texts)))
+        streamed.append(seconds(lambda some=some: encode_streamed(some)))
+    ratios = [theirs / ours for theirs, ours in zip(bare, streamed, strict=True)]
+    return {
+        "traces": count,
+        "bare": count / sum(bare),
+        "streamed": count / sum(streamed),
+        "ratio": statistics.median(ratios),
+        "ratios": [min(ratios), max(ratios)],
+    }
+
+
+def measure_memory(codec: Codec, count: int = 100_000) -> dict[str, Any]:
+    """Bytes of resident memory that streaming grew by after its first tenth, and that keeping all rows would take."""
+    resident, kept, done = [], 0, 0
+    process = psutil.Process()
+    for part in stream_examples(codec, make_traces(count, vary_lines=True), MAX_LENGTH):
+        done += len(part.rows)
+        kept += sum(array.nbytes for array in (part.rows.ids, part.rows.supervised, part.rows.lengths))
+        if done >= count // 10:
+            resident.append(process.memory_info().rss)
+    return {"traces": done, "growth": max(resident) - resident[0], "resident": max(resident), "kept": kept}
+
+
+def main() -> None:
+    codec = add_tokens(TokenScheme(), load_tokenizer("smollm2-135m"))
+    memory = {name: value / 2**20 for name, value in measure_memory(codec).items() if name != "traces"}
+    console.print(
+        f"memory: grew by {memory['growth']:.1f} MiB to {memory['resident']:.0f} over the last nine tenths; "
+        f"rows kept would take {memory['kept']:.0f}"
+    )
+    for name, vary_lines in (("all texts differ", True), ("lines as in atlas", False)):
+        found = measure_rates(codec, vary_lines=vary_lines)
+        low, high = found["ratios"]
+        console.print(
+            f"{name}: bare {found['bare']:,.0f} traces/s, streamed {found['streamed']:,.0f}, "
+            f"ratio {found['ratio']:.2f} ({low:.2f} to {high:.2f})"
+        )
+
+
+if __name__ == "__main__":
+    main()
