@@ -55,7 +55,7 @@ def bench(settings: Settings) -> Figures:
     results["training"] = _training(settings)
     if settings.run:
         results["evaluation"] = _evaluation(settings)
-    results["encoding"] = _job("encoding", {"traces": 100_000}, settings)
+    results["encoding"] = _job("encoding", {"traces": 100_000, "recipe": settings.recipe}, settings)
     results["table"] = _table(results)
     write_json(settings.out / f"results-{results['machine']['name']}.json", results)
     return results
@@ -262,7 +262,7 @@ def _table(results: Figures) -> list[Figures]:
             "job": "encoding, traces a second",
             "against": "encode_batch_fast",
             "ratio": encoding["ratio"],
-            "ours": encoding["ours"],
+            "ours": encoding["streamed"],
             "theirs": encoding["bare"],
             "reach": "0.8",
             "aim": "",

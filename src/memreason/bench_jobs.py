@@ -19,15 +19,17 @@ from peft.tuners.trainable_tokens import TrainableTokensLayer
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 from memreason import pipeline
+from memreason.bench_encoding import measure_memory, measure_rates
 from memreason.core.recipe import EvalRecipe, Recipe, load_recipe
 from memreason.core.trace import Question
 from memreason.data.tasks import load_eval
-from memreason.encode.base import load_model
+from memreason.encode.base import load_model, load_tokenizer
 from memreason.encode.examples import collate
-from memreason.encode.scheme import Codec
-from memreason.encode.vocab import add_rows
+from memreason.encode.scheme import Codec, TokenScheme
+from memreason.encode.vocab import add_rows, add_tokens
 from memreason.fast.rows import row_layers
 from memreason.finetune.checkpoint import load_checkpoint
+from memreason.finetune.methods import network_of
 from memreason.finetune.train import train
 from memreason.generate.engine import generate
 from memreason.publish.merge import merge
@@ -90,7 +92,8 @@ def train_memreason(spec: Spec) -> Figures:
         rows = _in_order(ready.examples.rows, spec)
         model = pipeline.trainable_model(recipe, ready.codec)
         done = train(recipe, model, ready.codec, rows, callbacks=[clock])
-    return _trained(clock, rows, done["history"], spec)
+    parameters = sum(parameter.numel() for parameter in network_of(model).parameters())
+    return {**_trained(clock, rows, done["history"], spec), "parameters": parameters}
 
 
 def train_plain(spec: Spec) -> Figures:
@@ -118,7 +121,8 @@ def train_trl(spec: Spec) -> Figures:
     """TRL's SFTTrainer with LoRA alone (it cannot train rows on a tied head), in the precision and batch of `spec`."""
     from datasets import Dataset
     from peft import LoraConfig
-    from trl import SFTConfig, SFTTrainer
+    from trl.trainer.sft_config import SFTConfig
+    from trl.trainer.sft_trainer import SFTTrainer
 
     clock = _Clock()
     with tempfile.TemporaryDirectory() as folder:
@@ -202,11 +206,11 @@ def eval_transformers(spec: Spec) -> Figures:
     """`generate` of Transformers on the merged model: batches of `batch_size` prompts of similar length."""
     loaded = load_checkpoint(spec["run"])
     asked = prompts(loaded.codec, _questions(spec, loaded.recipe))
-    del loaded.model.base_model  # the merged model is what is measured
     model = AutoModelForCausalLM.from_pretrained(
         spec["merged"], dtype=torch.bfloat16 if spec["dtype"] == "bf16" else torch.float32
     ).eval()
-    eos, answers = loaded.codec.eos_id, [[] for _ in asked]  # type: list[list[int]]
+    eos = loaded.codec.eos_id
+    answers: list[list[int]] = [[] for _ in asked]
     order = sorted(range(len(asked)), key=lambda n: -len(asked[n]))
     start = time.perf_counter()
     with torch.inference_mode():
@@ -251,6 +255,14 @@ def export(spec: Spec) -> Figures:
     return {"prompts": len(asked)}
 
 
+def encoding(spec: Spec) -> Figures:
+    """Traces to ids, streamed, against bare `encode_batch_fast` on the same texts."""
+    recipe = load_recipe(spec["recipe"])
+    codec = add_tokens(TokenScheme(), load_tokenizer(recipe.model.base))
+    memory = measure_memory(codec, spec["traces"])
+    return {**measure_rates(codec, spec["traces"]), "memory": memory}
+
+
 def machine(spec: Spec) -> Figures:
     """Matrix products in GFLOP/s and memory reads in GB/s, each the best of several."""
     figures: Figures = {"threads": torch.get_num_threads()}
@@ -278,6 +290,7 @@ JOBS: dict[str, Callable[[Spec], Figures]] = {
     "train_trl": train_trl,
     "eval_memreason": eval_memreason,
     "eval_transformers": eval_transformers,
+    "encoding": encoding,
     "export": export,
     "machine": machine,
 }

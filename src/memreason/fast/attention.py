@@ -25,7 +25,7 @@ from transformers import AttentionInterface
 __all__ = ["PACKED", "attending", "packed_attention", "packs"]
 
 PACKED = "memreason_packed"
-BLOCK = 256
+BLOCK = 192
 
 
 def _blocks(bounds: Tensor) -> Iterator[tuple[int, int, int]]:

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from memreason.fast.compiling import compiled
+
 __all__ = ["Head", "chunked_loss", "head_of", "headless", "takes_hidden_states"]
 
 CHUNK = 256
@@ -77,8 +79,17 @@ def takes_hidden_states(model: Any) -> bool:
 
 def chunked_loss(hidden: Tensor, labels: Tensor, head: Head) -> Tensor:
     """Summed cross-entropy in fp32. hidden: (positions, width); labels: (positions,), none of them masked."""
-    loss: Tensor = _ChunkedLoss.apply(hidden, labels, head.weight, head.bias, head.ids, head.rows)
+    loss: Tensor = _ChunkedLoss.apply(  # type: ignore[no-untyped-call]
+        hidden, labels, head.weight, head.bias, head.ids, head.rows
+    )
     return loss
+
+
+def _spread(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """log-sum-exp in fp32, (positions, 1), and softmax in the logits' dtype."""
+    scores = logits.float()
+    total = scores.logsumexp(dim=1, keepdim=True)
+    return total, scores.sub_(total).exp_().to(logits.dtype)
 
 
 class _ChunkedLoss(torch.autograd.Function):
@@ -101,22 +112,22 @@ class _ChunkedLoss(torch.autograd.Function):
         to_bias = torch.zeros_like(bias, dtype=torch.float32) if bias is not None and wanted[3] else None
         to_rows = torch.zeros_like(rows, dtype=torch.float32) if rows is not None and wanted[5] else None
         new = None if rows is None else rows.to(dtype)
+        spread = compiled(_spread)
         for start in range(0, len(hidden), CHUNK):
-            part, gold = hidden[start : start + CHUNK], labels[start : start + CHUNK, None]
+            part, gold = hidden[start : start + CHUNK], labels[start : start + CHUNK]
+            at = torch.arange(len(part), device=part.device), gold
             logits = part @ weight.T if bias is None else torch.addmm(bias, part, weight.T)
             if new is not None:
                 scored = part @ new.T if bias is None else torch.addmm(bias[ids], part, new.T)
-                logits.index_copy_(1, ids, scored)
-            scores = logits.float()
-            total = scores.logsumexp(dim=1, keepdim=True)
-            loss += (total - scores.gather(1, gold)).sum()
+                logits[:, ids] = scored
+            total, error = spread(logits)
+            score = logits[at][:, None].float()
+            loss += (total - score).sum()
             if to_hidden is None:
                 continue
-            gradient = scores.sub_(total).exp_()
-            gradient.scatter_add_(1, gold, gradient.new_full(gold.shape, -1.0))
-            error = logits.copy_(gradient)
+            error[at] = (score - total).expm1().squeeze(1).to(dtype)  # scatter_ would copy the whole
             if to_bias is not None:
-                to_bias += gradient.sum(dim=0)
+                to_bias += error.float().sum(dim=0)
             if new is not None:
                 own = error.index_select(1, ids)
                 error.index_fill_(1, ids, 0)

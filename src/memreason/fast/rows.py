@@ -35,7 +35,7 @@ class RowLayer(TrainableTokensLayer):
         """x: ids (...); result: (..., width)."""
         same = x[..., None] == ids
         new = F.embedding(same.int().argmax(dim=-1), rows).to(result.dtype)
-        scale = self._get_embed_scale()  # Gemma scales inside its embedding layer
+        scale = self._get_embed_scale()  # type: ignore[no-untyped-call]  # Gemma scales inside its embedding layer
         new = new if scale is None else new * scale.to(new.dtype)
         return torch.where(same.any(dim=-1, keepdim=True), new, result)
 

@@ -25,9 +25,11 @@ from memreason.core.errors import RecipeError
 from memreason.core.files import writing
 from memreason.core.recipe import Recipe
 from memreason.encode.base import pick_dtype
-from memreason.encode.examples import IGNORED, Example, collate, pack, split_packed
+from memreason.encode.examples import Example, collate, pack, split_packed
+from memreason.encode.pieces import IGNORED
 from memreason.encode.scheme import Codec
 from memreason.fast.attention import PACKED, attending, packs
+from memreason.fast.compiling import compile_layers, compiling, pays
 from memreason.fast.loss import chunked_loss, head_of, headless, takes_hidden_states
 from memreason.fast.memory import keep_freed_memory
 from memreason.finetune.checkpoint import checkpoints_in, save_checkpoint
@@ -86,8 +88,11 @@ class _TraceTrainer(Trainer):
         self.packed = not (learnt is not None and learnt.is_prompt_learning) and _packed(network)
         sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled  # a head's matrix is whole inside the model alone
         self.headless = not sharded and takes_hidden_states(network)
+        self.layers: dict[Any, Any] = {}  # compiled decoder layers, if that pays
         if self.packed:
             self.data_collator = pack
+            if not self.args.gradient_checkpointing and pays(_tokens_ahead(self.args, self.train_dataset)):
+                self.layers = compile_layers(network)
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
@@ -96,7 +101,8 @@ class _TraceTrainer(Trainer):
         if not self.packed:
             return super().training_step(model, inputs, num_items_in_batch)
         *pieces, last = split_packed(inputs, self.recipe.train.pass_tokens)
-        with attending(network_of(self.accelerator.unwrap_model(model)), PACKED):
+        network = network_of(self.accelerator.unwrap_model(model))
+        with attending(network, PACKED), compiling(self.layers):
             with self.accelerator.no_sync(model) if pieces else nullcontext():
                 losses = [super(_TraceTrainer, self).training_step(model, part, num_items_in_batch) for part in pieces]
             losses.append(super().training_step(model, last, num_items_in_batch))
@@ -168,6 +174,14 @@ class _TraceTrainer(Trainer):
             for old in [c for c in checkpoints_in(run) if c.name != f"checkpoint-{best}"][:-limit]:
                 shutil.rmtree(old)
         self.accelerator.wait_for_everyone()
+
+
+def _tokens_ahead(arguments: TrainingArguments, examples: Any) -> int:
+    """About how many tokens one process will train on."""
+    first = [len(examples[n]["input_ids"]) for n in range(min(len(examples), 200))]
+    a_step = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps
+    seen = arguments.max_steps * a_step if arguments.max_steps > 0 else arguments.num_train_epochs * len(examples)
+    return int(seen * sum(first) / len(first))
 
 
 def _packed(network: Any) -> bool:

@@ -70,17 +70,19 @@ class _Cohort:
 
     def remember(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Put pending keys and values (tokens, groups, width) in place; return all: (rows, groups, length, width)."""
+        rows, pending = len(self.rows), (key, value)
         kept = self.memory.get(layer)
         room = kept[0].shape[2] if kept else 0
-        if room < self.length:
-            shape = (len(self.rows), key.shape[1], -(-self.length // GROWTH) * GROWTH, key.shape[2])
-            grown = (key.new_zeros(shape), value.new_zeros(shape))
+        if kept is None or room < self.length:
+            size = -(-self.length // GROWTH) * GROWTH
+            grown = [new.new_zeros(rows, new.shape[1], size, new.shape[2]) for new in pending]
             for new, old in zip(grown, kept or (), strict=False):
-                new[:, :, :room] = old[: len(self.rows)]
-            kept = self.memory[layer] = grown
-        for tensor, new in zip(kept, (key, value), strict=True):
+                new[:, :, :room] = old[:rows]
+            kept = self.memory[layer] = (grown[0], grown[1])
+        for tensor, new in zip(kept, pending, strict=True):
             tensor[self.row, :, self.position] = new
-        return kept[0][: len(self.rows), :, : self.length], kept[1][: len(self.rows), :, : self.length]
+        keys, values = (tensor[:rows, :, : self.length] for tensor in kept)
+        return keys, values
 
     def leave(self, ended: set[int]) -> None:
         """Rows leave; the last ones take their places."""
@@ -177,14 +179,15 @@ def generate(
 
 def _drafts(codec: Codec) -> dict[int, list[int]]:
     """Token -> the tokens that follow it as good as always (see the head of this file)."""
-    scheme, drafts = codec.scheme, {}
+    scheme = codec.scheme
+    drafts: dict[int, list[int]] = {}
     for name in codec.blocks:
-        ids = codec.block(name)
+        ids = [*codec.block(name)]
         if name == ANSWER:
             ids += codec.encode(scheme.answer_template.split("{answer}")[0].rstrip())
         drafts |= {token: ids[n + 1 :] for n, token in enumerate(ids) if token in codec.blocks[name] and ids[n + 1 :]}
     if scheme.placement == "each_step" and codec.opening():
-        ends = {ids[-1] for text in ("", "a", "a.") if (ids := codec.encode(text + scheme.line_ending))}
+        ends = {line[-1] for text in ("", "a", "a.") if (line := codec.encode(text + scheme.line_ending))}
         drafts |= dict.fromkeys(ends, codec.opening())
     return drafts
 
@@ -262,7 +265,8 @@ class _Network:
             logits_to_keep=torch.tensor(wanted, device=self.device).nonzero().squeeze(1),
             cohorts=cohorts,
         )
-        return output.logits[0].split([sum(row.drafted + 1 for row in cohort.rows) for cohort in cohorts])
+        counts = [sum(row.drafted + 1 for row in cohort.rows) for cohort in cohorts]
+        return torch.split(output.logits[0], counts)
 
     def _inputs(self, ids: Tensor) -> dict[str, Tensor]:
         if self.prefix or not self.virtual:

@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.table import Table
 from rich.text import Text
 
 from memreason.core.trace import LETTERS, Trace
 from memreason.generate.answer import read_samples
 from memreason.measure.score import score_trace
 
-__all__ = ["console", "figures", "note", "print_results", "print_samples", "print_trace"]
+__all__ = ["console", "figures", "note", "print_bench", "print_results", "print_samples", "print_trace"]
 
 console = Console(highlight=False, quiet=os.environ.get("RANK", "0") != "0")  # of several processes one speaks
 COLOURS = {"memory": "cyan", "reason": "yellow"}
@@ -92,3 +93,25 @@ def print_samples(results: dict[str, Any], count: int = 4, seed: int = 0) -> Non
     right = [pair for pair in scored if pair[1] == "correct"]
     for trace, verdict in (right[: count - len(wrong)] + wrong)[:count]:
         print_trace(trace, verdict)
+
+
+def print_bench(results: dict[str, Any]) -> None:
+    """The table of a bench: what is compared, the ratio with its extremes, and both absolute figures."""
+    machine = results["machine"]
+    console.print(
+        f"{machine['processor']}, {machine['threads']} threads; matrix products {machine['gemm_fp32']:,.0f} GFLOP/s in "
+        f"fp32, {machine['gemm_bf16']:,.0f} in bf16; memory reads {machine['read_bandwidth']:.0f} GB/s",
+        soft_wrap=True,
+    )
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for title in ("job", "against", "ratio", "(turns)", "reach", "aim", "ours", "theirs"):
+        table.add_column(title, justify="left" if title in ("job", "against") else "right")
+    for row in results["table"]:
+        turns = f"{row['from']:.2f} to {row['to']:.2f}" if "from" in row else ""
+        values = [_short(row[name]) if name in row else "" for name in ("ratio", "ours", "theirs")]
+        table.add_row(row["job"], row["against"], values[0], turns, row["reach"], row["aim"], *values[1:])
+    console.print(table)
+
+
+def _short(value: float) -> str:
+    return f"{value / 2**30:.2f} GiB" if value > 1e8 else f"{value:,.0f}" if value >= 100 else f"{value:.2f}"

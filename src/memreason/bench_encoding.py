@@ -1,10 +1,9 @@
 """Encoding: streamed traces against bare `encode_batch_fast` on the same texts, and the memory that streaming takes.
 
-    python benchmarks/encoding.py
-
 Both encode the same slices of traces in turn, in calls of the same size. The bare call gets its texts ready made and
-throws its encodings away. In the first row no text but answers comes twice; in the second the lines of the traces
-come again as they do in atlas, and those are encoded once a chunk.
+throws its encodings away. With
+`vary_lines` no text but answers comes twice; without, lines come again as they do in atlas, and are encoded once a
+chunk.
 """
 
 from __future__ import annotations
@@ -18,15 +17,11 @@ from typing import Any
 
 import numpy as np
 import psutil
-from rich.progress import track
 
 from memreason.core.trace import Step, Trace
 from memreason.data.atlas import make_atlas
-from memreason.encode.base import load_tokenizer
 from memreason.encode.examples import CHUNK, stream_examples
-from memreason.encode.scheme import Codec, TokenScheme
-from memreason.encode.vocab import add_tokens
-from memreason.report.terminal import console
+from memreason.encode.scheme import Codec
 
 SLICES = 10
 MAX_LENGTH = 1024
@@ -68,7 +63,7 @@ def measure_rates(codec: Codec, count: int = 100_000, *, vary_lines: bool = True
         for _ in stream_examples(codec, some, MAX_LENGTH, chunk=chunk):
             pass
 
-    for turn in track(range(SLICES), "encoding", transient=True, console=console):
+    for turn in range(SLICES):
         some = list(islice(traces, count // SLICES))
         texts = text_chunks(codec, some, chunk)
         work = [("bare", partial(encode_bare, texts)), ("streamed", partial(encode_streamed, some))]
@@ -97,25 +92,3 @@ def measure_memory(codec: Codec, count: int = 100_000) -> dict[str, Any]:
         if done >= count // 10:
             resident.append(process.memory_info().rss)
     return {"traces": done, "growth": max(resident) - resident[0], "resident": max(resident), "kept": kept}
-
-
-def main() -> None:
-    codec = add_tokens(TokenScheme(), load_tokenizer("smollm2-135m"))
-    memory = {name: value / 2**20 for name, value in measure_memory(codec).items() if name != "traces"}
-    console.print(
-        f"memory: grew by {memory['growth']:.1f} MiB to {memory['resident']:.0f} over the last nine tenths; "
-        f"rows kept would take {memory['kept']:.0f}",
-        soft_wrap=True,
-    )
-    for name, vary_lines in (("all texts differ", True), ("lines as in atlas", False)):
-        found = measure_rates(codec, vary_lines=vary_lines)
-        low, high = found["ratios"]
-        console.print(
-            f"{name}: bare {found['bare']:,.0f} traces/s, streamed {found['streamed']:,.0f}, "
-            f"ratio {found['ratio']:.2f} ({low:.2f} to {high:.2f}), by CPU time {found['cpu_ratio']:.2f}",
-            soft_wrap=True,
-        )
-
-
-if __name__ == "__main__":
-    main()
