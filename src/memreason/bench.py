@@ -19,6 +19,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from memreason.bench_curves import curves
 from memreason.core.errors import MemreasonError
 from memreason.core.files import cache_dir, file_hash, write_json
 
@@ -30,7 +31,7 @@ Figures = dict[str, Any]
 @dataclass(frozen=True)
 class Settings:
     """What is measured. `run`: a trained run for the evaluations (None: training alone); `vllm_python`: the
-    interpreter of an environment that holds vLLM (None: without it)."""
+    interpreter of an environment that holds vLLM (None: without it); `curves`: also those of bench_curves."""
 
     recipe: str = "strategyqa-smollm2"
     run: Path | None = None
@@ -44,6 +45,7 @@ class Settings:
     in_flight: int = 192
     generate_batch: int = 64
     vllm_python: Path | None = None
+    curves: bool = False
 
 
 def bench(settings: Settings) -> Figures:
@@ -55,6 +57,9 @@ def bench(settings: Settings) -> Figures:
     results["training"] = _training(settings)
     if settings.run:
         results["evaluation"] = _evaluation(settings)
+        if settings.curves:
+            jobs = _shared_training(settings), _shared_evaluation(settings)
+            results["curves"] = curves(lambda name, spec: _job(name, spec, settings), *jobs, settings.out)
     results["encoding"] = _job("encoding", {"traces": 100_000, "recipe": settings.recipe}, settings)
     results["table"] = _table(results)
     write_json(settings.out / f"results-{results['machine']['name']}.json", results)
@@ -119,7 +124,7 @@ def _starts(settings: Settings) -> Figures:
 
 def _training(settings: Settings) -> dict[str, list[Figures]]:
     """TRL's best setting is looked for first, with few examples; then ours, the plain loop and TRL take turns."""
-    shared = {"recipe": settings.recipe, "batch": settings.batch, "steps": settings.steps}
+    shared = _shared_training(settings)
     tries = [{"dtype": dtype, "micro": micro} for dtype in ("bf16", "fp32") for micro in (1, 4, 16)]
     found = [_job("train_trl", {**shared, "steps": 2, **setting}, settings)["tokens_per_second"] for setting in tries]
     best = tries[found.index(max(found))]
@@ -132,20 +137,35 @@ def _training(settings: Settings) -> dict[str, list[Figures]]:
     return _turns(jobs, settings.rounds, settings)
 
 
-def _evaluation(settings: Settings) -> dict[str, list[Figures]]:
-    run = str(settings.run)
-    adapter = settings.run and next(iter(sorted(settings.run.glob("**/adapter_model.safetensors"))), None)
-    name = file_hash(adapter)[:8] if adapter else "full"
-    folder = cache_dir() / "bench" / name
+def _shared_training(settings: Settings) -> Figures:
+    return {"recipe": settings.recipe, "batch": settings.batch, "steps": settings.steps}
+
+
+def _shared_evaluation(settings: Settings) -> Figures:
+    """With folders for the merged model and the prompts, named by the weights that they come from."""
+    assert settings.run is not None
+    weights = sorted(settings.run.glob("**/*.safetensors"))
+    if not weights:
+        raise MemreasonError(f"bench: {settings.run} holds no weights. Name a trained run or a checkpoint.")
+    folder = cache_dir() / "bench" / file_hash(weights[0])[:12]
     folder.mkdir(parents=True, exist_ok=True)
-    shared = {"run": run, "merged": str(folder / "merged"), "max_new_tokens": settings.max_new_tokens}
-    shared |= {"prompts": str(folder / "prompts.json"), "questions": settings.questions}
+    return {
+        "run": str(settings.run),
+        "merged": str(folder / "merged"),
+        "prompts": str(folder / "prompts.json"),
+        "questions": settings.questions,
+        "max_new_tokens": settings.max_new_tokens,
+        "batch_size": settings.in_flight,
+    }
+
+
+def _evaluation(settings: Settings) -> dict[str, list[Figures]]:
+    shared = _shared_evaluation(settings)
     _job("export", shared, settings)
-    ours = {**shared, "batch_size": settings.in_flight}
     generate = {**shared, "dtype": "bf16", "batch_size": settings.generate_batch}
     slow = {**shared, "questions": settings.slow_questions, "dtype": "fp32", "batch_size": 1}
     jobs: dict[str, tuple[str, Figures]] = {
-        "memreason": ("eval_memreason", ours),
+        "memreason": ("eval_memreason", shared),
         "generate, batch 1, fp32": ("eval_transformers", slow),
         f"generate, batch {settings.generate_batch}, bf16": ("eval_transformers", generate),
     }

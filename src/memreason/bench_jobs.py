@@ -78,6 +78,10 @@ def _trained(clock: _Clock, rows: list[Any], history: list[dict[str, Any]], spec
         "seconds": clock.seconds,
         "tokens_per_second": tokens / clock.seconds,
         "losses": [entry["loss"] for entry in history if "loss" in entry],
+        "step_tokens": [
+            sum(len(row["input_ids"]) for row in rows[n : n + spec["batch"]])
+            for n in range(spec["batch"], len(rows), spec["batch"])
+        ],
         "step_seconds": [b - a for a, b in zip(clock.ends, clock.ends[1:], strict=False)],
         "peak_memory": pipeline.peak_memory(),
     }

@@ -86,7 +86,7 @@ def chunked_loss(hidden: Tensor, labels: Tensor, head: Head) -> Tensor:
 
 
 def _spread(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """log-sum-exp in fp32, (positions, 1), and softmax in the logits' dtype."""
+    """log-sum-exp in fp32, (positions, 1), and softmax in the logits' dtype. Uses fp32 logits up."""
     scores = logits.float()
     total = scores.logsumexp(dim=1, keepdim=True)
     return total, scores.sub_(total).exp_().to(logits.dtype)
@@ -107,35 +107,35 @@ class _ChunkedLoss(torch.autograd.Function):
         hidden = hidden.to(dtype)
         loss = hidden.new_zeros((), dtype=torch.float32)
         wanted = context.needs_input_grad
-        to_hidden = torch.empty_like(hidden) if wanted[0] else None
+        to_hidden = torch.empty_like(hidden)
         to_weight = torch.zeros_like(weight, dtype=torch.float32) if wanted[2] else None
         to_bias = torch.zeros_like(bias, dtype=torch.float32) if bias is not None and wanted[3] else None
         to_rows = torch.zeros_like(rows, dtype=torch.float32) if rows is not None and wanted[5] else None
-        new = None if rows is None else rows.to(dtype)
+        own = None if rows is None or ids is None else (ids, rows.to(dtype))
         spread = compiled(_spread)
         for start in range(0, len(hidden), CHUNK):
             part, gold = hidden[start : start + CHUNK], labels[start : start + CHUNK]
             at = torch.arange(len(part), device=part.device), gold
             logits = part @ weight.T if bias is None else torch.addmm(bias, part, weight.T)
-            if new is not None:
-                scored = part @ new.T if bias is None else torch.addmm(bias[ids], part, new.T)
-                logits[:, ids] = scored
-            total, error = spread(logits)
+            if own is not None:
+                logits[:, own[0]] = part @ own[1].T if bias is None else torch.addmm(bias[own[0]], part, own[1].T)
             score = logits[at][:, None].float()
+            total, error = spread(logits)
             loss += (total - score).sum()
-            if to_hidden is None:
+            if not any(wanted):
                 continue
             error[at] = (score - total).expm1().squeeze(1).to(dtype)  # scatter_ would copy the whole
             if to_bias is not None:
                 to_bias += error.float().sum(dim=0)
-            if new is not None:
-                own = error.index_select(1, ids)
-                error.index_fill_(1, ids, 0)
+            reached = to_hidden[start : start + CHUNK]
+            if own is not None:
+                errors = error[:, own[0]]
+                error[:, own[0]] = 0
                 if to_rows is not None:
-                    to_rows += (own.T @ part).float()
-            torch.mm(error, weight, out=to_hidden[start : start + CHUNK])
-            if new is not None:
-                to_hidden[start : start + CHUNK] += own @ new
+                    to_rows += (errors.T @ part).float()
+            torch.mm(error, weight, out=reached)
+            if own is not None:
+                reached += errors @ own[1]
             if to_weight is not None:
                 to_weight += (error.T @ part).float()
         context.save_for_backward(to_hidden, to_weight, to_bias, to_rows)
