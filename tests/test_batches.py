@@ -134,4 +134,5 @@ def test_streaming_takes_flat_memory(byte_codec: Codec, trace: Trace) -> None:
         return found
 
     peak(500)  # what is made once
-    assert peak(5000) < 1.3 * peak(500)
+    # How far the thread is ahead moves the peak a little; whatever is kept of a trace would make it 20 times as high.
+    assert peak(20_000) < 2 * peak(1000)

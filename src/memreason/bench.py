@@ -46,6 +46,7 @@ class Settings:
     generate_batch: int = 64
     vllm_python: Path | None = None
     curves: bool = False
+    traces: int = 100_000
 
 
 def bench(settings: Settings) -> Figures:
@@ -60,7 +61,7 @@ def bench(settings: Settings) -> Figures:
         if settings.curves:
             jobs = _shared_training(settings), _shared_evaluation(settings)
             results["curves"] = curves(lambda name, spec: _job(name, spec, settings), *jobs, settings.out)
-    results["encoding"] = _job("encoding", {"traces": 100_000, "recipe": settings.recipe}, settings)
+    results["encoding"] = _job("encoding", {"traces": settings.traces, "recipe": settings.recipe}, settings)
     results["table"] = _table(results)
     write_json(settings.out / f"results-{results['machine']['name']}.json", results)
     return results
@@ -171,7 +172,7 @@ def _evaluation(settings: Settings) -> dict[str, list[Figures]]:
     }
     if settings.vllm_python:
         jobs["vLLM"] = ("vllm", shared)
-    return _turns(jobs, max(1, settings.rounds - 1), settings)
+    return _turns(jobs, settings.rounds, settings)
 
 
 def _vllm(spec: Figures, settings: Settings) -> Figures:

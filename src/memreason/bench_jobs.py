@@ -27,6 +27,7 @@ from memreason.encode.base import load_model, load_tokenizer
 from memreason.encode.examples import collate
 from memreason.encode.scheme import Codec, TokenScheme
 from memreason.encode.vocab import add_rows, add_tokens
+from memreason.fast.compiling import ENOUGH, pays
 from memreason.fast.rows import row_layers
 from memreason.finetune.checkpoint import load_checkpoint
 from memreason.finetune.methods import network_of
@@ -91,7 +92,7 @@ def train_memreason(spec: Spec) -> Figures:
     """Ours, through the trainer that `memreason train` runs."""
     clock = _Clock()
     with tempfile.TemporaryDirectory() as folder:
-        recipe = _recipe(spec, folder)
+        recipe = _recipe(spec, folder, **{"train.compile": pays(ENOUGH)})  # as in a run of usual length
         ready = pipeline.prepare(recipe)
         rows = _in_order(ready.examples.rows, spec)
         model = pipeline.trainable_model(recipe, ready.codec)

@@ -105,6 +105,7 @@ class TrainRecipe(Stage):
     model_max_length: int = Field(1024, ge=8, description="longer examples are dropped and counted")
     cut: bool = Field(False, description="cut longer examples instead")
     pass_tokens: int = Field(1024, ge=1, description="tokens of one pass forth and back; a batch takes several")
+    compile: bool | None = Field(None, description="compile decoder layers (None: if the run is long enough to pay)")
     mode: Literal["supervised", "constant_len"] = Field("supervised", description="padded examples, or a packed stream")
     select_on: Literal["validation", "test"] = Field("validation", description="split that chooses the epoch")
     n_select: int = Field(100, ge=1, description="questions answered each epoch to choose it")

@@ -17,7 +17,7 @@ import torch
 
 from memreason.core.files import cache_dir
 
-__all__ = ["compile_layers", "compiled", "compiling", "pays"]
+__all__ = ["ENOUGH", "compile_layers", "compiled", "compiling", "pays"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 ENOUGH = 300_000  # tokens to train on from which a start is paid back

@@ -91,8 +91,10 @@ class _TraceTrainer(Trainer):
         self.layers: dict[Any, Any] = {}  # compiled decoder layers, if that pays
         if self.packed:
             self.data_collator = pack
-            if not self.args.gradient_checkpointing and pays(_tokens_ahead(self.args, self.train_dataset)):
-                self.layers = compile_layers(network)
+            wanted = recipe.train.compile
+            if wanted is None:
+                wanted = not self.args.gradient_checkpointing and pays(_tokens_ahead(self.args, self.train_dataset))
+            self.layers = compile_layers(network) if wanted else {}
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None

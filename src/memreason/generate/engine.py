@@ -117,8 +117,7 @@ def _attend(module: Any, query: Tensor, key: Tensor, value: Tensor, _mask: Any, 
         if cohort.most > 1:
             padded = query.new_zeros(len(cohort.longer), cohort.most - 1, *query.shape[1:])
             padded[cohort.owner, cohort.place[cohort.others] - 1] = asked[cohort.others]
-            parts = (tensor[cohort.longer] for tensor in (keys, values, mask[:, :, 1:]))
-            weighed = _weigh(padded, *parts, cap)
+            weighed = _weigh(padded, keys[cohort.longer], values[cohort.longer], mask[cohort.longer, :, 1:], cap)
             found[own][cohort.others] = weighed[cohort.owner, cohort.place[cohort.others] - 1]
     return found[None], None
 
