@@ -190,6 +190,21 @@ def test_losses_are_those_of_padded_batches(
     assert padded == pytest.approx(plain, abs=2e-4)
 
 
+def test_compiled_layers_have_the_same_losses(tmp_path: Path) -> None:
+    """And are put aside while the epoch's questions are answered."""
+    base = save_base(tmp_path / "base")
+    found = []
+    for wanted in (False, True):
+        changes = {"train.compile": wanted, "data.validation": 0.2, "train.n_select": 2, "train.eval_strategy": "steps"}
+        recipe = tiny_recipe(
+            tmp_path, base, **changes, **{"train.eval_steps": 2}, output_dir=str(tmp_path / f"{wanted}")
+        )
+        state = read_json(pipeline.train(recipe) / "trainer_state.json")
+        found.append([entry["loss"] for entry in state["log_history"] if "loss" in entry])
+    assert len(found[0]) == 3
+    assert found[1] == pytest.approx(found[0], abs=1e-4)
+
+
 def test_what_cannot_be_packed_or_be_headless_is_known() -> None:
     able = {name: packs(family(name, 300)) for name in FAMILIES}
     assert able == {**dict.fromkeys(FAMILIES, True), "gpt2": False, "mistral": False, "gemma2": False, "bloom": False}
@@ -272,9 +287,9 @@ def test_drafts_change_no_token(fluent: Any, decoding: str, monkeypatch: pytest.
         made = [g for batch in generate(fluent.model, fluent.codec, questions, settings) for g in batch]
         return {(g.question.id, g.sample): (g.ids, g.logprobs) for g in made}, passes
 
-    drafts, limits = engine._drafts, (1, 2, 5, 200)
+    drafts, limits = engine.drafts_of, (1, 2, 5, 200)
     with_drafts = [answers(limit) for limit in limits]
-    monkeypatch.setattr(engine, "_drafts", lambda codec: {})
+    monkeypatch.setattr(engine, "drafts_of", lambda codec: {})
     without = [answers(limit) for limit in limits]
     assert drafts(fluent.codec)
     for (mine, _), (plain, _) in zip(with_drafts, without, strict=True):
@@ -283,7 +298,7 @@ def test_drafts_change_no_token(fluent: Any, decoding: str, monkeypatch: pytest.
             assert logprobs == pytest.approx(plain[key][1], abs=1e-3)
     most = 0.9 if decoding == "greedy" else 1.0  # what is drawn at random follows fewer drafts
     assert with_drafts[-1][1] < most * without[-1][1]
-    monkeypatch.setattr(engine, "_drafts", lambda codec: {n: [n, n + 1] for n in range(200)})  # nearly all wrong
+    monkeypatch.setattr(engine, "drafts_of", lambda codec: {n: [n, n + 1] for n in range(200)})  # nearly all wrong
     assert {k: ids for k, (ids, _) in answers(200)[0].items()} == {k: ids for k, (ids, _) in without[-1][0].items()}
 
 

@@ -1,4 +1,4 @@
-"""How the next token is taken from logits."""
+"""How the next token is taken from logits, and which tokens are as good as sure to follow it."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from memreason.core.recipe import EvalRecipe
+from memreason.encode.scheme import ANSWER, Codec
 
-__all__ = ["Choose", "chooser"]
+__all__ = ["Choose", "chooser", "drafts_of"]
 
 Choose = Callable[[Tensor, Sequence[float]], Tensor]
 
@@ -38,3 +39,18 @@ def chooser(model: nn.Module, settings: EvalRecipe) -> Choose:
         return probabilities.indices.gather(1, index.clamp(max=edges.shape[1] - 1)).squeeze(1)
 
     return sample
+
+
+def drafts_of(codec: Codec) -> dict[int, list[int]]:
+    """Token -> the tokens that follow it as good as always (see the head of engine.py)."""
+    scheme = codec.scheme
+    drafts: dict[int, list[int]] = {}
+    for name in codec.blocks:
+        ids = [*codec.block(name)]
+        if name == ANSWER:
+            ids += codec.encode(scheme.answer_template.split("{answer}")[0].rstrip())
+        drafts |= {token: ids[n + 1 :] for n, token in enumerate(ids) if token in codec.blocks[name] and ids[n + 1 :]}
+    if scheme.placement == "each_step" and codec.opening():
+        ends = {line[-1] for text in ("", "a", "a.") if (line := codec.encode(text + scheme.line_ending))}
+        drafts |= dict.fromkeys(ends, codec.opening())
+    return drafts

@@ -25,11 +25,11 @@ from transformers import AttentionInterface
 
 from memreason.core.recipe import EvalRecipe
 from memreason.core.trace import Question
-from memreason.encode.scheme import ANSWER, Codec
+from memreason.encode.scheme import Codec
 from memreason.fast.attention import attending
 from memreason.fast.memory import keep_freed_memory
 from memreason.finetune.methods import is_adapted, merged, network_of
-from memreason.generate.choose import Choose, chooser
+from memreason.generate.choose import Choose, chooser, drafts_of
 from memreason.generate.plain import generate_plainly
 from memreason.generate.rows import Generation, Row, start
 
@@ -168,10 +168,10 @@ def generate(
         log.warning("%d questions are longer than the limit of prompt and answer: they get none", len(too_long))
         yield [Generation(row.question, row.sample, opening, []) for row in too_long]
     waiting = deque(sorted((row for row in rows if row.limit >= 1), key=lambda row: -len(row.pending)))
-    if not getattr(network_of(model), "_supports_attention_backend", False):
+    if not _feeds(network_of(model)):
         yield from generate_plainly(model, list(waiting), settings, opening, codec.eos_id)
         return
-    drafts, choose = _drafts(codec), chooser(model, settings)
+    drafts, choose = drafts_of(codec), chooser(model, settings)
     with merged(model), torch.inference_mode(), attending(model, COHORTS):
         network = _Network(model)
         cohorts: list[_Cohort] = []
@@ -187,19 +187,29 @@ def generate(
                 finished = []
 
 
-def _drafts(codec: Codec) -> dict[int, list[int]]:
-    """Token -> the tokens that follow it as good as always (see the head of this file)."""
-    scheme = codec.scheme
-    drafts: dict[int, list[int]] = {}
-    for name in codec.blocks:
-        ids = [*codec.block(name)]
-        if name == ANSWER:
-            ids += codec.encode(scheme.answer_template.split("{answer}")[0].rstrip())
-        drafts |= {token: ids[n + 1 :] for n, token in enumerate(ids) if token in codec.blocks[name] and ids[n + 1 :]}
-    if scheme.placement == "each_step" and codec.opening():
-        ends = {line[-1] for text in ("", "a", "a.") if (line := codec.encode(text + scheme.line_ending))}
-        drafts |= dict.fromkeys(ends, codec.opening())
-    return drafts
+def _feeds(network: Any) -> bool:
+    """Whether the engine can feed this model, tried on six tokens: four, then two more, against all at once.
+
+    Not so where more than keys and values is carried on (state-space layers), or attention has parts of its own.
+    """
+    if not getattr(network, "_supports_attention_backend", False):
+        return False
+    size = network.get_input_embeddings().weight.shape[0]
+    ids = torch.arange(size // 4, size // 2, max(1, size // 24)).tolist()[:6]
+    row = Row(Question("", ""), 0, 9, ids[:4], torch.Generator())
+    with torch.inference_mode(), attending(network, COHORTS):
+        fed = _Network(network)
+        cohort = fed.cohort([row])
+        fed.scores([cohort])
+        row.fed, row.pending, row.drafted = 4, ids[4:], 1
+        cohort.plan()
+        (found,) = fed.scores([cohort])
+    with (
+        torch.inference_mode(),
+        attending(network, "eager"),
+    ):  # it rounds alike, so that in bf16 too little noise is left
+        expected = network(input_ids=torch.tensor([ids], device=fed.device), use_cache=False).logits[0, -2:]
+    return bool((found - expected).float().norm() < 0.05 * expected.float().norm())
 
 
 def _admit(cohorts: list[_Cohort], waiting: deque[Row], size: int, network: _Network) -> None:
