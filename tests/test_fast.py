@@ -17,6 +17,8 @@ from transformers import (
     Gemma2ForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
+    Lfm2Config,
+    Lfm2ForCausalLM,
     MistralConfig,
     MistralForCausalLM,
     Qwen3Config,
@@ -52,6 +54,11 @@ FAMILIES = {
     "gemma2": lambda n: Gemma2ForCausalLM(
         Gemma2Config(
             vocab_size=n, **SIZES, **NARROW, sliding_window=16, query_pre_attn_scalar=8, attn_logit_softcapping=2.0
+        )
+    ),
+    "lfm2": lambda n: Lfm2ForCausalLM(  # convolutions between the attention layers
+        Lfm2Config(
+            vocab_size=n, **SIZES, intermediate_size=64, num_key_value_heads=2, layer_types=["conv", "full_attention"]
         )
     ),
     "bloom": lambda n: BloomForCausalLM(
@@ -207,7 +214,10 @@ def test_compiled_layers_have_the_same_losses(tmp_path: Path) -> None:
 
 def test_what_cannot_be_packed_or_be_headless_is_known() -> None:
     able = {name: packs(family(name, 300)) for name in FAMILIES}
-    assert able == {**dict.fromkeys(FAMILIES, True), "gpt2": False, "mistral": False, "gemma2": False, "bloom": False}
+    unable = ("gpt2", "mistral", "gemma2", "lfm2", "bloom")  # dropout, windows, windows, convolutions, ALiBi
+    assert able == {**dict.fromkeys(FAMILIES, True), **dict.fromkeys(unable, False)}
+    fed = {name: engine._feeds(family(name, 300)) for name in FAMILIES}
+    assert fed == {**dict.fromkeys(FAMILIES, True), "lfm2": False, "bloom": False}
     heads = {name: takes_hidden_states(family(name, 300)) for name in FAMILIES}
     assert heads == {**dict.fromkeys(FAMILIES, True), "gemma2": False}
 

@@ -30,7 +30,7 @@ from memreason.encode.vocab import add_rows, add_tokens
 from memreason.fast.compiling import ENOUGH, pays
 from memreason.fast.rows import row_layers
 from memreason.finetune.checkpoint import load_checkpoint
-from memreason.finetune.methods import network_of
+from memreason.finetune.methods import lora_modules, network_of
 from memreason.finetune.train import train
 from memreason.generate.engine import generate
 from memreason.publish.merge import merge
@@ -152,7 +152,7 @@ def train_trl(spec: Spec) -> Figures:
                 r=method.lora_r,
                 lora_alpha=method.lora_alpha,
                 lora_dropout=method.lora_dropout,
-                target_modules=["gate_proj", "up_proj", "down_proj"],
+                target_modules=lora_modules(method),
                 task_type="CAUSAL_LM",
             ),
             callbacks=[clock],

@@ -26,7 +26,7 @@ from memreason.core.recipe import MethodRecipe
 from memreason.encode.scheme import PREFIX, Codec
 from memreason.fast.rows import row_layers, rows_beside
 
-__all__ = ["is_adapted", "merged", "network_of", "trainable"]
+__all__ = ["is_adapted", "lora_modules", "merged", "network_of", "trainable"]
 
 LORA_MODULES = {
     "mlp": ["gate_proj", "up_proj", "down_proj"],
@@ -74,13 +74,18 @@ def _row_indices(model: PreTrainedModel, codec: Codec) -> dict[str, list[int]]:
     return {names[id(layer)]: ids for layer in layers}
 
 
+def lora_modules(method: MethodRecipe) -> list[str]:
+    """Names of the layers that carry LoRA."""
+    named = method.lora_module
+    return list(LORA_MODULES[named] if isinstance(named, str) else named)
+
+
 def _lora(model: PreTrainedModel, codec: Codec, method: MethodRecipe, *, rows: bool = False) -> Any:
-    modules = method.lora_module
     return LoraConfig(
         r=method.lora_r,
         lora_alpha=method.lora_alpha,
         lora_dropout=method.lora_dropout,
-        target_modules=list(LORA_MODULES[modules] if isinstance(modules, str) else modules),
+        target_modules=lora_modules(method),
         trainable_token_indices=_row_indices(model, codec) if rows and codec.blocks else None,
         task_type="CAUSAL_LM",
     )

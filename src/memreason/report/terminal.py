@@ -110,7 +110,7 @@ def print_bench(results: dict[str, Any]) -> None:
         turns = f"{row['from']:.2f} to {row['to']:.2f}" if "from" in row else ""
         values = [_short(row[name]) if name in row else "" for name in ("ratio", "ours", "theirs")]
         table.add_row(row["job"], row["against"], values[0], turns, row["reach"], row["aim"], *values[1:])
-    console.print(table)
+    console.print(table, width=max(console.width, 130))
 
 
 def _short(value: float) -> str:
