@@ -36,11 +36,11 @@ class Settings:
     recipe: str = "strategyqa-smollm2"
     run: Path | None = None
     out: Path = Path("bench")
-    rounds: int = 3
+    rounds: int = 2
     steps: int = 3
     batch: int = 16
-    questions: int = 300
-    slow_questions: int = 3
+    questions: int = 60
+    slow_questions: int = 2
     max_new_tokens: int = 400
     in_flight: int = 192
     generate_batch: int = 64
