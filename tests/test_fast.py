@@ -355,3 +355,13 @@ def test_the_bench_times_the_same_training(tmp_path: Path) -> None:
     assert bench_jobs.export(asked) == {"prompts": 5}
     mine, theirs = bench_jobs.eval_memreason(asked), bench_jobs.eval_transformers(asked)
     assert mine["tokens"] == theirs["tokens"]
+
+
+def test_a_cpu_multiplies_in_the_faster_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
+    from memreason.encode import base
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for faster in (torch.float32, torch.bfloat16):
+        monkeypatch.setattr(base, "_product_seconds", lambda dtype, faster=faster: 1.0 if dtype == faster else 2.0)
+        assert base.pick_dtype("auto") == faster
+    assert base.pick_dtype("fp32") == torch.float32

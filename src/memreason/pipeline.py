@@ -21,7 +21,7 @@ from memreason.core.files import file_hash, read_json, settings_hash, write_json
 from memreason.core.recipe import EvalRecipe, Recipe, load_recipe
 from memreason.core.trace import Question, Trace
 from memreason.data.tasks import TASKS, Splits, load_eval, load_splits
-from memreason.encode.base import load_model, load_tokenizer
+from memreason.encode.base import load_model, load_tokenizer, pick_dtype
 from memreason.encode.examples import Example, Examples, coloured_mask, encode_trace, encode_traces, pack_stream
 from memreason.encode.scheme import Codec, TokenScheme
 from memreason.encode.vocab import add_rows, add_tokens
@@ -151,6 +151,7 @@ def _manifest(recipe: Recipe, ready: Prepared) -> dict[str, Any]:
         "seed": recipe.seed,
         "base": recipe.model.base,
         "revision": recipe.model.revision,
+        "dtype": str(pick_dtype(recipe.model.dtype)).removeprefix("torch."),
         "tokens": ready.codec.describe(),
         "rows": {"train": len(splits.train), "validation": len(splits.validation), "leaked": len(splits.leaked)},
         "dropped": ready.examples.dropped,
