@@ -104,7 +104,8 @@ class _Cohort:
 
 def _attend(module: Any, query: Tensor, key: Tensor, value: Tensor, _mask: Any, **settings: Any) -> tuple[Tensor, None]:
     """Transformers' door: query (1, heads, tokens, width), the tokens of each cohort one after another."""
-    query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    dtype = torch.promote_types(query.dtype, value.dtype)  # over a quantised base they differ
+    query, key, value = (tensor[0].transpose(0, 1).to(dtype) for tensor in (query, key, value))
     query, cap = query * (settings.get("scaling") or query.shape[-1] ** -0.5), settings.get("softcap")
     found = value.new_empty(*query.shape[:2], value.shape[-1])
     start = 0
