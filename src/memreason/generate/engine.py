@@ -136,7 +136,8 @@ def _weigh(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, cap: float
         scores = (scores / cap).tanh() * cap
     scores = scores.view(*query.shape[:4], room).add_(mask[:, :, None])
     found = scores.softmax(dim=-1).view(rows, groups, -1, room) @ values
-    return found.view(*query.shape[:4], -1).permute(0, 3, 1, 2, 4).reshape(rows, count, heads, -1)
+    found = found.view(*query.shape[:4], -1).permute(0, 3, 1, 2, 4).reshape(rows, count, heads, -1)
+    return found.to(query.dtype)  # autocast may have made it another
 
 
 AttentionInterface.register(COHORTS, _attend)
