@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from memreason.core.recipe import EvalRecipe
 from memreason.encode.scheme import ANSWER, Codec
 
-__all__ = ["Choose", "chooser", "drafts_of"]
+__all__ = ["Choose", "chooser", "drafts_of", "take"]
 
 Choose = Callable[[Tensor, Sequence[float]], Tensor]
 
@@ -39,6 +39,16 @@ def chooser(model: nn.Module, settings: EvalRecipe) -> Choose:
         return probabilities.indices.gather(1, index.clamp(max=edges.shape[1] - 1)).squeeze(1)
 
     return sample
+
+
+def take(logits: Tensor, points: Sequence[float], choose: Choose) -> Iterator[tuple[int, float]]:
+    """A token for each row of logits, and its log-probability."""
+    logits = logits.float()  # the largest of bf16 numbers takes five times as long to find
+    chosen = choose(logits, points)
+    picked = logits.gather(1, chosen[:, None]).squeeze(1)
+    most = logits.amax(dim=-1, keepdim=True)
+    total = logits.sub_(most).exp_().sum(dim=-1).log_() + most.squeeze(1)  # logsumexp would make copies
+    return zip(chosen.tolist(), (picked - total).tolist(), strict=True)
 
 
 def drafts_of(codec: Codec) -> dict[int, list[int]]:

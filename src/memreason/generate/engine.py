@@ -17,6 +17,7 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ from memreason.encode.scheme import Codec
 from memreason.fast.attention import attending
 from memreason.fast.memory import keep_freed_memory
 from memreason.finetune.methods import is_adapted, merged, network_of
-from memreason.generate.choose import Choose, chooser, drafts_of
+from memreason.generate.choose import Choose, chooser, drafts_of, take
 from memreason.generate.plain import generate_plainly
 from memreason.generate.rows import Generation, Row, start
 
@@ -38,6 +39,7 @@ __all__ = ["Generation", "generate"]
 log = logging.getLogger("memreason")
 COHORTS = "memreason_cohorts"
 GROWTH = 32  # positions by which a cohort's memory grows
+CHOSEN = 64  # rows of logits looked at together: their fp32 copy stays in the cache
 
 
 class _Cohort:
@@ -83,7 +85,9 @@ class _Cohort:
         kept = self.memory.get(layer)
         room = kept[0].shape[2] if kept else 0
         if kept is None or room < self.room:
-            grown = [new.new_zeros(rows, new.shape[1], self.room, new.shape[2]) for new in pending]
+            grown = [new.new_empty(rows, new.shape[1], self.room, new.shape[2]) for new in pending]
+            for new in grown:
+                new[:, :, room:] = 0  # masked, but must be numbers
             for new, old in zip(grown, kept or (), strict=False):
                 new[:, :, :room] = old[:rows]
             kept = self.memory[layer] = (grown[0], grown[1])
@@ -227,10 +231,9 @@ def _advance(cohort: _Cohort, logits: Tensor, choose: Choose, drafts: dict[int, 
     Returns the rows that ended, which have left the cohort.
     """
     points = [row.draw(len(row.ids) + k) for row in cohort.rows for k in range(row.drafted + 1)]
-    logits = logits.float()  # the largest of bf16 numbers takes five times as long to find
-    chosen = choose(logits, points)
-    picked = logits.gather(1, chosen[:, None]).squeeze(1) - logits.logsumexp(dim=-1)
-    found = zip(chosen.tolist(), picked.tolist(), strict=True)
+    found = chain.from_iterable(
+        take(logits[n : n + CHOSEN], points[n : n + CHOSEN], choose) for n in range(0, len(points), CHOSEN)
+    )
     ended: dict[int, Row] = {}
     for number, row in enumerate(cohort.rows):
         sure = len(row.pending) - row.drafted
