@@ -85,9 +85,7 @@ class _Cohort:
         kept = self.memory.get(layer)
         room = kept[0].shape[2] if kept else 0
         if kept is None or room < self.room:
-            grown = [new.new_empty(rows, new.shape[1], self.room, new.shape[2]) for new in pending]
-            for new in grown:
-                new[:, :, room:] = 0  # masked, but must be numbers
+            grown = [new.new_zeros(rows, new.shape[1], self.room, new.shape[2]) for new in pending]
             for new, old in zip(grown, kept or (), strict=False):
                 new[:, :, :room] = old[:rows]
             kept = self.memory[layer] = (grown[0], grown[1])
