@@ -14,7 +14,7 @@ import pytest
 from safetensors import SafetensorError
 
 import memreason.core.files
-import memreason.finetune.train
+import memreason.finetune.trainer
 from conftest import own_traces, save_base, tiny_model, tiny_recipe, unigram
 from memreason import pipeline
 from memreason.cli import main
@@ -153,19 +153,19 @@ def test_a_full_disk_loses_no_checkpoint(tmp_path: Path, monkeypatch: pytest.Mon
     base = save_base(tmp_path / "base")
     changes = {"train.max_steps": 6, "train.save_strategy": "steps", "train.save_steps": 2}
     pipeline.train(tiny_recipe(tmp_path, base, **changes, output_dir=str(tmp_path / "whole")))
-    save, recipe = memreason.finetune.train.save_checkpoint, tiny_recipe(tmp_path, base, **changes)
+    save, recipe = memreason.finetune.trainer.save_checkpoint, tiny_recipe(tmp_path, base, **changes)
 
     def full(folder: Path, *arguments: Any) -> None:
         if "checkpoint-4" in str(folder):
             raise FULL[kind]
         save(folder, *arguments)
 
-    monkeypatch.setattr(memreason.finetune.train, "save_checkpoint", full)
+    monkeypatch.setattr(memreason.finetune.trainer, "save_checkpoint", full)
     with pytest.raises(StorageError, match=r"checkpoint-4: cannot be written .* run the same command again"):
         pipeline.train(recipe)
     assert [path.name for path in checkpoints_in(recipe.folder)] == ["checkpoint-2"]
     assert not (recipe.folder / ".partial").exists()
-    monkeypatch.setattr(memreason.finetune.train, "save_checkpoint", save)
+    monkeypatch.setattr(memreason.finetune.trainer, "save_checkpoint", save)
     pipeline.train(recipe)
     logs = [read_json(tmp_path / name / "trainer_state.json")["log_history"] for name in ("whole", "run")]
     whole, resumed = ([entry["loss"] for entry in log if "loss" in entry] for log in logs)

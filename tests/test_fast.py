@@ -36,7 +36,7 @@ from memreason.fast import attention, loss
 from memreason.fast.attention import PACKED, attending, packed_attention, packs
 from memreason.fast.loss import Head, chunked_loss, head_of, headless, takes_hidden_states
 from memreason.fast.rows import RowLayer, row_layers
-from memreason.finetune import train as training
+from memreason.finetune import trainer
 from memreason.finetune.methods import merged, network_of
 from memreason.generate import engine
 from memreason.generate.engine import generate
@@ -187,9 +187,9 @@ def test_losses_are_those_of_padded_batches(
 
     packed = curve("packed")
     in_pieces = curve("pieces", **{"train.pass_tokens": 100})
-    monkeypatch.setattr(training, "packs", lambda model: False)
+    monkeypatch.setattr(trainer, "packs", lambda model: False)
     padded = curve("padded")
-    monkeypatch.setattr(training, "takes_hidden_states", lambda model: False)
+    monkeypatch.setattr(trainer, "takes_hidden_states", lambda model: False)
     plain = curve("plain")
     assert len(packed) == 4
     assert packed == pytest.approx(plain, abs=2e-4)
@@ -334,27 +334,6 @@ def test_generating_leaves_the_weights_as_they_were(fluent: Any) -> None:
         assert torch.equal(parameter, before[name])
         assert not parameter.is_inference()
     network.to(torch.float32)
-
-
-def test_the_bench_times_the_same_training(tmp_path: Path) -> None:
-    """In fp32 the plain Trainer loop and ours see the same examples and have the same losses."""
-    from memreason import bench_jobs
-
-    recipe = tiny_recipe(tmp_path, save_base(tmp_path / "base"))
-    path = tmp_path / "recipe.yaml"
-    path.write_text(recipe.to_yaml())
-    spec = {"recipe": str(path), "batch": 4, "steps": 3, "dtype": "fp32", "micro": 2}
-    overrides = [("train.lr_scheduler_type", "linear"), ("train.learning_rate", 1e-3)]
-    ours = bench_jobs.train_memreason({**spec, "overrides": overrides})
-    plain = bench_jobs.train_plain(spec)
-    assert ours["losses"] == pytest.approx(plain["losses"], abs=2e-4)
-    assert ours["tokens"] == plain["tokens"] == bench_jobs.train_trl(spec)["tokens"]
-    run = pipeline.train(recipe)
-    asked = {"run": str(run), "merged": str(tmp_path / "merged"), "prompts": str(tmp_path / "p.json"), "questions": 5}
-    asked |= {"max_new_tokens": 12, "dtype": "fp32", "batch_size": 2}
-    assert bench_jobs.export(asked) == {"prompts": 5}
-    mine, theirs = bench_jobs.eval_memreason(asked), bench_jobs.eval_transformers(asked)
-    assert mine["tokens"] == theirs["tokens"]
 
 
 def test_a_cpu_multiplies_in_the_faster_dtype(monkeypatch: pytest.MonkeyPatch) -> None:

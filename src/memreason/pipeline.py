@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import platform
-import resource
-import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -20,13 +17,13 @@ from memreason.core.errors import RecipeError
 from memreason.core.files import file_hash, read_json, settings_hash, write_json, write_text
 from memreason.core.recipe import EvalRecipe, Recipe, load_recipe
 from memreason.core.trace import Question, Trace
-from memreason.data.tasks import TASKS, Splits, load_eval, load_splits
-from memreason.encode.base import load_model, load_tokenizer, pick_dtype
-from memreason.encode.examples import Example, Examples, coloured_mask, encode_trace, encode_traces, pack_stream
-from memreason.encode.scheme import Codec, TokenScheme
-from memreason.encode.vocab import add_rows, add_tokens
+from memreason.data.tasks import Splits, load_eval
+from memreason.encode.base import pick_dtype
+from memreason.encode.examples import Example, coloured_mask, encode_trace, pack_stream
+from memreason.encode.scheme import Codec
+from memreason.fast.memory import peak_memory
 from memreason.finetune.checkpoint import Checkpoint, load_checkpoint
-from memreason.finetune.methods import trainable
+from memreason.finetune.prepare import Prepared, prepare, trainable_model
 from memreason.finetune.train import train as run_trainer
 from memreason.finetune.train import training_arguments
 from memreason.generate.answer import answer_questions, read_samples
@@ -34,64 +31,7 @@ from memreason.measure.score import score_trace
 from memreason.measure.stats import summarise
 from memreason.report.terminal import console, figures, note
 
-__all__ = ["Prepared", "ask", "dry_run", "evaluate", "peak_memory", "prepare", "run", "train", "trainable_model"]
-
-ALPACA = (
-    "Below is a question. Write a response that answers it.\n\n### Instruction:\n{question}{choices}\n\n### Response:\n"
-)
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """What stands before training: traces, the tokenizer with its planning tokens, and the examples of both."""
-
-    splits: Splits
-    codec: Codec
-    examples: Examples
-
-
-def prepare(recipe: Recipe) -> Prepared:
-    """Data, tokenizer and examples of a recipe."""
-    splits = load_splits(recipe.data, warn=note)
-    settings = recipe.model
-    tokenizer = load_tokenizer(settings.base, revision=settings.revision, trust_remote_code=settings.trust_remote_code)
-    codec = add_tokens(_scheme(recipe), tokenizer)
-    examples = encode_traces(codec, splits.train, recipe.train.model_max_length, cut=recipe.train.cut)
-    if examples.dropped or examples.cut:
-        note(f"{examples.dropped} traces dropped, {examples.cut} cut: over {recipe.train.model_max_length} tokens")
-    return Prepared(splits, codec, examples)
-
-
-def _scheme(recipe: Recipe) -> TokenScheme:
-    """The token scheme that a recipe asks for, with its task's way of printing questions."""
-    tokens, task = recipe.tokens, TASKS.get(recipe.data.task, TASKS["atlas"])
-    return TokenScheme(
-        n_prefix=tokens.n_prefix if tokens.add else 0,
-        n_special=tokens.n_special if tokens.add and tokens.kinds else 0,
-        kinds=tuple(tokens.kinds),
-        placement=tokens.placement,
-        question_template=ALPACA if tokens.template == "alpaca" else task.question_template,
-        choice_template=task.choice_template,
-        noise_seed=recipe.seed,
-    )
-
-
-def trainable_model(recipe: Recipe, codec: Codec) -> Any:
-    """The base model with its new rows, ready to be trained by the recipe's method."""
-    settings = recipe.model
-    model = load_model(
-        settings.base,
-        dtype=settings.dtype,
-        quantize=settings.quantize,
-        revision=settings.revision,
-        trust_remote_code=settings.trust_remote_code,
-        random_initialize=settings.random_initialize,
-        offload=settings.offload,
-        seed=recipe.seed,
-    )
-    add_rows(model, codec)
-    checkpointing = bool((recipe.train.model_extra or {}).get("gradient_checkpointing"))
-    return trainable(model, codec, recipe.method, checkpointing=checkpointing)
+__all__ = ["ask", "dry_run", "evaluate", "run", "train"]
 
 
 def train(recipe: Recipe, *, fresh: bool = False) -> Path:
@@ -107,7 +47,7 @@ def train(recipe: Recipe, *, fresh: bool = False) -> Path:
         note(f"{folder} is trained already; --fresh trains it anew")
         return folder
     start = time.monotonic()
-    ready = prepare(recipe)
+    ready = prepare(recipe, warn=note)
     rows: Sequence[Example] = ready.examples.rows
     if recipe.train.mode == "constant_len":
         rows = pack_stream(rows, recipe.train.model_max_length)
@@ -230,13 +170,6 @@ def evaluate(
     return results
 
 
-def peak_memory() -> int:
-    """Bytes that this process held at most so far: of the GPU if there is one, else of the machine."""
-    if torch.cuda.is_available():
-        return int(torch.cuda.max_memory_allocated())
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
 def _generation(codec: Codec, trace: Trace) -> str:
     """The published layout: question, blank line, generated solution, blank line, ground truth."""
     lines = [f"[{'+'.join(step.kinds) or '-'}] {step.text}" for step in trace.steps]
@@ -259,7 +192,7 @@ def run(recipe: Recipe, *, fresh: bool = False) -> dict[str, Any]:
 
 def dry_run(recipe: Recipe) -> None:
     """Render three examples with the mask in colour and print what training would take; train nothing."""
-    ready, arguments = prepare(recipe), training_arguments(recipe)
+    ready, arguments = prepare(recipe, warn=note), training_arguments(recipe)
     for trace in ready.splits.train[:3]:
         console.print(coloured_mask(ready.codec, encode_trace(ready.codec, trace)), "")
     rows, examples = ready.examples.rows, ready.examples

@@ -1,11 +1,14 @@
-"""The C allocator, told to keep what a step frees for the next step."""
+"""Memory of this process: kept by the C allocator from step to step, and measured."""
 
 from __future__ import annotations
 
 import ctypes
+import resource
 import sys
 
-__all__ = ["keep_freed_memory"]
+import torch
+
+__all__ = ["keep_freed_memory", "peak_memory"]
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # mallopt(3)
 LARGEST = 32 * 2**20  # glibc takes no higher M_MMAP_THRESHOLD
@@ -21,3 +24,10 @@ def keep_freed_memory() -> bool:
         return False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none
     return bool(mallopt and mallopt(M_TRIM_THRESHOLD, 2**31 - 1) and mallopt(M_MMAP_THRESHOLD, LARGEST))
+
+
+def peak_memory() -> int:
+    """Bytes that this process held at most so far: of the GPU if there is one, else of the machine."""
+    if torch.cuda.is_available():
+        return int(torch.cuda.max_memory_allocated())
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

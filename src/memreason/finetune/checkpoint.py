@@ -84,26 +84,16 @@ def load_checkpoint(path: Path | str, *, base: str | None = None, **model_change
     scheme = TokenScheme.load(folder)
     recipe = load_recipe(folder / "recipe.yaml")
     codec = Codec(scheme, _tokenizer(folder))
-    settings = recipe.model.model_copy(update=model_changes)
+    settings = recipe.model.model_copy(update=model_changes | ({"base": base} if base else {}))
     if not (folder / ADAPTER).is_file():
         with _readable(folder, "its weights cannot be read"):
             model = AutoModelForCausalLM.from_pretrained(folder, dtype=pick_dtype(settings.dtype)).eval()
         return Checkpoint(folder, model, codec, recipe)
     if base:
         _check_tokenizer(base, folder, recipe, scheme)
-    source = base or settings.base
-    loaded = load_model(
-        source,
-        dtype=settings.dtype,
-        quantize=settings.quantize,
-        revision=settings.revision,
-        trust_remote_code=settings.trust_remote_code,
-        random_initialize=settings.random_initialize,
-        offload=settings.offload,
-        seed=recipe.seed,
-    )
+    loaded = load_model(**settings.model_dump(), seed=recipe.seed)
     add_rows(loaded, codec)
-    with _readable(folder, f"adapter_model.safetensors is broken or does not fit the base model {source}"):
+    with _readable(folder, f"adapter_model.safetensors is broken or does not fit the base model {settings.base}"):
         adapted = PeftModel.from_pretrained(loaded, str(folder)).eval()
     rows_beside(adapted)
     return Checkpoint(folder, adapted, codec, recipe)

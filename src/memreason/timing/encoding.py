@@ -1,9 +1,8 @@
 """Encoding: streamed traces against bare `encode_batch_fast` on the same texts, and the memory that streaming takes.
 
 Both encode the same slices of traces in turn, in calls of the same size. The bare call gets its texts ready made and
-throws its encodings away. With
-`vary_lines` no text but answers comes twice; without, lines come again as they do in atlas, and are encoded once a
-chunk.
+throws its encodings away. With `vary_lines` no text but answers comes twice; without, lines come again as they do in
+atlas, and are encoded once a chunk.
 """
 
 from __future__ import annotations
@@ -18,10 +17,15 @@ from typing import Any
 import numpy as np
 import psutil
 
+from memreason.core.recipe import load_recipe
 from memreason.core.trace import Step, Trace
 from memreason.data.atlas import make_atlas
+from memreason.encode.base import load_tokenizer
 from memreason.encode.examples import CHUNK, stream_examples
-from memreason.encode.scheme import Codec
+from memreason.encode.scheme import Codec, TokenScheme
+from memreason.encode.vocab import add_tokens
+
+__all__ = ["measure"]
 
 SLICES = 10
 MAX_LENGTH = 1024
@@ -92,3 +96,11 @@ def measure_memory(codec: Codec, count: int = 100_000) -> dict[str, Any]:
         if done >= count // 10:
             resident.append(process.memory_info().rss)
     return {"traces": done, "growth": max(resident) - resident[0], "resident": max(resident), "kept": kept}
+
+
+def measure(spec: dict[str, Any]) -> dict[str, Any]:
+    """Traces to ids, streamed, against bare `encode_batch_fast` on the same texts."""
+    recipe = load_recipe(spec["recipe"])
+    codec = add_tokens(TokenScheme(), load_tokenizer(recipe.model.base))
+    memory = measure_memory(codec, spec["traces"])
+    return {**measure_rates(codec, spec["traces"]), "memory": memory}

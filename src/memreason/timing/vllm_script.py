@@ -4,7 +4,7 @@ Prompts come in and completions go out as token ids, so no tokenizer is loaded
 and no text is made. The engine runs inside this process, which spares starting
 an engine process and a worker process, vLLM's default.
 
-Usage: python vllm_baseline.py --model FOLDER --prompts prompts.json --out out.json
+Usage: python -P vllm_script.py --model FOLDER --prompts prompts.json --out out.json
 """
 
 import argparse

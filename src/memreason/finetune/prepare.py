@@ -1,0 +1,66 @@
+"""What stands before training: traces, tokenizer, examples and model of a recipe."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from memreason.core.recipe import Recipe
+from memreason.data.tasks import TASKS, Splits, load_splits
+from memreason.encode.base import load_model, load_tokenizer
+from memreason.encode.examples import Examples, encode_traces
+from memreason.encode.scheme import Codec, TokenScheme
+from memreason.encode.vocab import add_rows, add_tokens
+from memreason.finetune.methods import trainable
+
+__all__ = ["Prepared", "prepare", "trainable_model"]
+
+log = logging.getLogger("memreason")
+ALPACA = (
+    "Below is a question. Write a response that answers it.\n\n### Instruction:\n{question}{choices}\n\n### Response:\n"
+)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What stands before training: traces, the tokenizer with its planning tokens, and the examples of both."""
+
+    splits: Splits
+    codec: Codec
+    examples: Examples
+
+
+def prepare(recipe: Recipe, *, warn: Callable[[str], None] = log.warning) -> Prepared:
+    """Data, tokenizer and examples of a recipe; `warn` is told what was left out."""
+    splits = load_splits(recipe.data, warn=warn)
+    settings = recipe.model
+    tokenizer = load_tokenizer(settings.base, revision=settings.revision, trust_remote_code=settings.trust_remote_code)
+    codec = add_tokens(_scheme(recipe), tokenizer)
+    examples = encode_traces(codec, splits.train, recipe.train.model_max_length, cut=recipe.train.cut)
+    if examples.dropped or examples.cut:
+        warn(f"{examples.dropped} traces dropped, {examples.cut} cut: over {recipe.train.model_max_length} tokens")
+    return Prepared(splits, codec, examples)
+
+
+def _scheme(recipe: Recipe) -> TokenScheme:
+    """The token scheme that a recipe asks for, with its task's way of printing questions."""
+    tokens, task = recipe.tokens, TASKS.get(recipe.data.task, TASKS["atlas"])
+    return TokenScheme(
+        n_prefix=tokens.n_prefix if tokens.add else 0,
+        n_special=tokens.n_special if tokens.add and tokens.kinds else 0,
+        kinds=tuple(tokens.kinds),
+        placement=tokens.placement,
+        question_template=ALPACA if tokens.template == "alpaca" else task.question_template,
+        choice_template=task.choice_template,
+        noise_seed=recipe.seed,
+    )
+
+
+def trainable_model(recipe: Recipe, codec: Codec) -> Any:
+    """The base model with its new rows, ready to be trained by the recipe's method."""
+    model = load_model(**recipe.model.model_dump(), seed=recipe.seed)
+    add_rows(model, codec)
+    checkpointing = bool((recipe.train.model_extra or {}).get("gradient_checkpointing"))
+    return trainable(model, codec, recipe.method, checkpointing=checkpointing)
