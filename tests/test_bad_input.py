@@ -172,6 +172,39 @@ def test_a_full_disk_loses_no_checkpoint(tmp_path: Path, monkeypatch: pytest.Mon
     assert resumed == whole
 
 
+def test_an_error_while_answering_costs_no_epoch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An epoch is saved before its questions are answered, and they are asked again before training goes on."""
+    base = save_base(tmp_path / "base")
+    changes = {"data.validation": 0.2, "train.n_select": 2, "train.max_steps": -1, "train.num_train_epochs": 2}
+    changes["train.save_total_limit"] = 1
+    pipeline.train(tiny_recipe(tmp_path, base, **changes, output_dir=str(tmp_path / "whole")))
+    recipe, answer = tiny_recipe(tmp_path, base, **changes), pipeline.answer_questions
+    succeeds = iter([False, True, False, True])  # the first epoch, again, the second, again
+
+    def answer_or_fail(*arguments: Any, **settings: Any) -> Any:
+        if next(succeeds):
+            return answer(*arguments, **settings)
+        raise RuntimeError("out of luck")
+
+    monkeypatch.setattr(pipeline, "answer_questions", answer_or_fail)
+    for epoch in (1, 2):
+        with pytest.raises(RuntimeError, match="out of luck"):
+            pipeline.train(recipe)
+        assert read_json(checkpoints_in(recipe.folder)[-1] / "trainer_state.json")["epoch"] == epoch
+    pipeline.train(recipe)
+    assert not list(succeeds)
+    found = []
+    for name in ("whole", "run"):
+        log = read_json(tmp_path / name / "trainer_state.json")["log_history"]
+        found.append([(entry["step"], entry.get("loss"), entry.get("eval_acc")) for entry in log[:-1]])
+    assert found[0] == found[1]
+    assert len([entry for entry in found[0] if entry[2] is not None]) == 2
+    kept = [[folder.name for folder in checkpoints_in(tmp_path / name)] for name in ("whole", "run")]
+    assert kept[0] == kept[1]
+    manifests = [read_json(tmp_path / name / "manifest.json")["best"] for name in ("whole", "run")]
+    assert manifests[0] == manifests[1]
+
+
 def test_a_disk_that_takes_no_checkpoint(tmp_path: Path) -> None:
     recipe = tiny_recipe(tmp_path, save_base(tmp_path / "base"))
     (tmp_path / "recipe.yaml").write_text(recipe.to_yaml())

@@ -62,7 +62,7 @@ def test_the_table_tells_better_from_worse(capsys: pytest.CaptureFixture[str]) -
         "encode_batch_fast": [0.9],
         "": [None],
     }
-    wall = rows["evaluation, wall clock with start", "vLLM"]
+    wall = rows["evaluation, wall clock, s", "vLLM"]
     assert (wall["from"], wall["to"], wall["ours"], wall["theirs"]) == (2.0, 4.0, 7.5, 20.0)
     print_bench({**found, "table": list(rows.values())})
     assert "2.00 to 4.00" in capsys.readouterr().out

@@ -44,7 +44,7 @@ class StopCleanly(TrainerCallback):  # type: ignore[misc]
         if PartialState().num_processes > 1:  # all stop at the same step, or the others wait for ever
             self.stopped = any(gather_object([self.stopped]))
         if self.stopped:
-            # An epoch that is complete is evaluated and saved at its end: a resumed run would not evaluate it again.
+            # An epoch that is complete is saved and evaluated at its end.
             control.should_save = control.should_save or not float(state.epoch).is_integer()
             control.should_training_stop = True
 

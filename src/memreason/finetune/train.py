@@ -22,7 +22,7 @@ from memreason.encode.scheme import Codec
 from memreason.fast.memory import keep_freed_memory
 from memreason.finetune.callbacks import Bar, StopCleanly
 from memreason.finetune.checkpoint import checkpoints_in
-from memreason.finetune.trainer import Evaluate, TraceTrainer, best_step
+from memreason.finetune.trainer import Evaluate, TraceTrainer, best_step, unanswered
 
 __all__ = ["train", "training_arguments"]
 
@@ -98,9 +98,10 @@ def train(
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(Bar)
     # Without the optimizer's state (save_only_model) the Trainer would go on, silently on another curve.
-    earlier = [str(c) for c in checkpoints_in(recipe.folder) if (c / "optimizer.pt").is_file()]
+    earlier = [c for c in checkpoints_in(recipe.folder) if (c / "optimizer.pt").is_file()][-1:]
+    arguments.eval_on_start = arguments.eval_strategy == "epoch" and any(map(unanswered, earlier))
     with stop.listening():
-        done = trainer.train(resume_from_checkpoint=earlier[-1] if earlier else None)
+        done = trainer.train(resume_from_checkpoint=str(earlier[0]) if earlier else None)
     if stop.stopped:
         raise KeyboardInterrupt
     if trainer.args.should_save:

@@ -13,8 +13,9 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 from transformers import Trainer, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
 
-from memreason.core.files import writing
+from memreason.core.files import read_json, writing
 from memreason.core.recipe import Recipe
 from memreason.encode.examples import pack, split_packed
 from memreason.encode.pieces import IGNORED
@@ -25,7 +26,7 @@ from memreason.fast.loss import chunked_loss, head_of, headless, takes_hidden_st
 from memreason.finetune.checkpoint import checkpoints_in, save_checkpoint
 from memreason.finetune.methods import network_of
 
-__all__ = ["Evaluate", "TraceTrainer", "best_step"]
+__all__ = ["Evaluate", "TraceTrainer", "best_step", "unanswered"]
 
 Evaluate = Callable[[nn.Module], dict[str, float]]
 
@@ -95,6 +96,8 @@ class TraceTrainer(Trainer):
 
     def evaluate(self, *_args: Any, **_keywords: Any) -> dict[str, float]:
         assert self.answer is not None
+        if self.control.should_save:  # first, so that what goes wrong while answering does not cost the epoch
+            self._save_checkpoint(self.model, None)
         model = self.accelerator.unwrap_model(self.model)
         training = model.training
         metrics = self.answer(model)
@@ -107,11 +110,17 @@ class TraceTrainer(Trainer):
         model = self.accelerator.unwrap_model(self.model)
         save_checkpoint(Path(output_dir or str(self.args.output_dir)), model, self.codec, self.recipe)
 
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Write aside, then rename: a kill never leaves half a checkpoint under its final name."""
         run = Path(str(self.args.output_dir))
         final, aside, limit = run / f"checkpoint-{self.state.global_step}", run / ".partial", self.args.save_total_limit
-        if final in checkpoints_in(run):
+        if final in checkpoints_in(run):  # saved before it was evaluated: its history has grown since
+            if self.args.should_save:
+                with writing(final):
+                    self.state.save_to_json(str(final / ".partial"))
+                    (final / ".partial").replace(final / TRAINER_STATE_NAME)
+                self._keep_few(run)
+            self.accelerator.wait_for_everyone()
             return
         self.args.output_dir, self.args.save_total_limit = str(aside), None
         try:
@@ -128,11 +137,16 @@ class TraceTrainer(Trainer):
             self.args.output_dir, self.args.save_total_limit = str(run), limit
             if self.args.should_save:
                 shutil.rmtree(aside, ignore_errors=True)
-        if self.args.should_save and limit:
-            best = best_step(self.state.log_history)
-            for old in [c for c in checkpoints_in(run) if c.name != f"checkpoint-{best}"][:-limit]:
-                shutil.rmtree(old)
+        if self.args.should_save:
+            self._keep_few(run)
         self.accelerator.wait_for_everyone()
+
+    def _keep_few(self, run: Path) -> None:
+        """The last `save_total_limit` checkpoints, and the best one beside them."""
+        best = best_step(self.state.log_history)
+        others = [folder for folder in checkpoints_in(run) if folder.name != f"checkpoint-{best}"]
+        for old in others[: -self.args.save_total_limit] if self.args.save_total_limit else ():
+            shutil.rmtree(old)
 
 
 def _tokens_ahead(arguments: TrainingArguments, examples: Any) -> int:
@@ -165,3 +179,10 @@ def best_step(history: Sequence[dict[str, Any]]) -> int | None:
     """The step of the highest eval_acc, the earliest of equals."""
     scored = [(entry["eval_acc"], -entry["step"]) for entry in history if "eval_acc" in entry]
     return -max(scored)[1] if scored else None
+
+
+def unanswered(checkpoint: Path) -> bool:
+    """Whether a checkpoint of a finished epoch lacks its accuracy: the run ended while its questions were answered."""
+    state = read_json(checkpoint / TRAINER_STATE_NAME)
+    answered = {entry["step"] for entry in state["log_history"] if "eval_acc" in entry}
+    return float(state["epoch"]).is_integer() and state["global_step"] not in answered

@@ -103,14 +103,16 @@ def print_bench(results: dict[str, Any]) -> None:
         f"fp32, {machine['gemm_bf16']:,.0f} in bf16; memory reads {machine['read_bandwidth']:.0f} GB/s",
         soft_wrap=True,
     )
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    for title in ("job", "against", "ratio", "(turns)", "reach", "aim", "ours", "theirs"):
-        table.add_column(title, justify="left" if title in ("job", "against") else "right")
+    meaning = "ratio: how many times better ours is, over the turns"
+    table = Table(box=None, header_style="bold", pad_edge=False, caption=meaning, caption_justify="left")
+    for title in ("job", "ratio", "turns", "reach", "ours", "theirs"):
+        table.add_column(title, justify="left" if title == "job" else "right", no_wrap=True)
     for row in results["table"]:
+        job = Text(row["job"]) + (Text(f"\n  {row['against']}", style="dim") if row["against"] else Text())
         turns = f"{row['from']:.2f} to {row['to']:.2f}" if "from" in row else ""
-        values = [_short(row[name]) if name in row else "" for name in ("ratio", "ours", "theirs")]
-        table.add_row(row["job"], row["against"], values[0], turns, row["reach"], row["aim"], *values[1:])
-    console.print(table, width=max(console.width, 130))
+        ratio, *values = [_short(row[name]) if name in row else "" for name in ("ratio", "ours", "theirs")]
+        table.add_row(job, ratio, turns, row["reach"], *values)
+    console.print(table)
 
 
 def _short(value: float) -> str:

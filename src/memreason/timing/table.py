@@ -28,15 +28,15 @@ class Compared(NamedTuple):
         return [b / a if self.less else a / b for a, b in pairs]
 
 
-TRAINING, EVALUATION = "training, tokens a second", "evaluation, questions a second"
+TRAINING, EVALUATION = "training, tokens/s", "evaluation, questions/s"
 ROWS = (
     Compared("training", TRAINING, "plain loop", "tokens_per_second", "5", "8"),
     Compared("training", TRAINING, "TRL", "tokens_per_second", "4", "6"),
-    Compared("training", "training, peak memory saved", "plain loop", "peak_memory", "1.0", "1.7", less=True),
+    Compared("training", "training, peak memory", "plain loop", "peak_memory", "1.0", "1.7", less=True),
     Compared("evaluation", EVALUATION, "generate, fp32", "questions_per_second", "40", "100"),
     Compared("evaluation", EVALUATION, "generate, bf16", "questions_per_second", "1.8", "3"),
-    Compared("evaluation", "evaluation, wall clock with start", "vLLM", "wall_seconds", "1.5", "3", less=True),
-    Compared("evaluation", "evaluation, tokens a second", "vLLM", "tokens_per_second", "0.5", "1.0"),
+    Compared("evaluation", "evaluation, wall clock, s", "vLLM", "wall_seconds", "1.5", "3", less=True),
+    Compared("evaluation", "evaluation, tokens/s", "vLLM", "tokens_per_second", "0.5", "1.0"),
 )
 
 
@@ -68,7 +68,7 @@ def _share_of_peak(results: Figures) -> Figures:
     ours, peak = results["training"]["memreason"], results["machine"]["gemm_bf16"]
     rate = statistics.median(one["tokens_per_second"] for one in ours)
     return {
-        "job": "training, share of the bf16 peak",
+        "job": "training, bf16 peak share",
         "against": "4 x parameters x tokens",
         "reach": "0.25",
         "aim": "0.40",
@@ -79,7 +79,7 @@ def _share_of_peak(results: Figures) -> Figures:
 def _encoding(results: Figures) -> Figures:
     found = results["encoding"]
     return {
-        "job": "encoding, traces a second",
+        "job": "encoding, traces/s",
         "against": "encode_batch_fast",
         "reach": "0.8",
         "aim": "",
@@ -91,4 +91,4 @@ def _encoding(results: Figures) -> Figures:
 
 def _start(results: Figures) -> Figures:
     seconds = results["start"]["help_seconds"]
-    return {"job": "memreason --help, seconds", "against": "", "reach": "under 0.3", "aim": "", "ours": seconds}
+    return {"job": "--help, seconds", "against": "", "reach": "< 0.3", "aim": "", "ours": seconds}
