@@ -33,12 +33,12 @@ published: setup
 	$(BIN)/python benchmarks/published_verdicts.py --shared $(SHARED)
 	$(BIN)/python benchmarks/published_arguments.py --shared $(SHARED)
 
-# Timings beside the public libraries, on an idle machine; with vLLM if `make .venv-vllm/.ready` made it a home.
+# Timings beside the public libraries, on an idle machine: 15 minutes, and the first time 10 to train; with vLLM if `make .venv-vllm/.ready` made it a home.
 VLLM := .venv-vllm
 bench: setup
 	$(BIN)/memreason data import $(SHARED)/data/labelled/StrategyQA_train_clean.json --task strategyqa --split train
 	$(BIN)/memreason data import $(SHARED)/data/labelled/StrategyQA_test_clean.json --task strategyqa --split test
-	$(BIN)/memreason train strategyqa-smollm2 --data.n_train 500 --train.n_select 20 --output_dir runs/bench
+	$(BIN)/memreason train strategyqa-smollm2 --train.n_select 20 --output_dir runs/bench  # once
 	$(BIN)/memreason bench strategyqa-smollm2 --run runs/bench $(if $(wildcard $(VLLM)/.ready),--vllm-python $(VLLM)/bin/python)
 
 $(VLLM)/.ready:
