@@ -203,8 +203,8 @@ VERBS = {
         {
             "recipe": {"nargs": "?", "help": "recipe file or name (default: strategyqa-smollm2)"},
             "--run": {"type": Path, "help": "trained run or checkpoint, for the evaluations"},
-            "--rounds": {"type": int, "help": "turns of each comparison (default: 2)"},
-            "--questions": {"type": int, "help": "questions to evaluate on (default: 60)"},
+            "--rounds": {"type": int, "help": "turns of the trainings (default: 2)"},
+            "--questions": {"type": int, "help": "questions to evaluate on (default: 300)"},
             "--traces": {"type": int, "help": "traces to encode (default: 100000)"},
             "--vllm-python": {"type": Path, "metavar": "PYTHON", "help": "of an environment that holds vLLM"},
             "--curves": {"action": "store_true", "help": "also time against traces and questions in flight, as plots"},

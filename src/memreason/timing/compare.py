@@ -30,8 +30,10 @@ Figures = dict[str, Any]
 
 @dataclass(frozen=True)
 class Settings:
-    """What is measured. `run`: a trained run for the evaluations (None: training alone); `vllm_python`: the
-    interpreter of an environment that holds vLLM (None: without it); `curves`: also those of curves.py."""
+    """What is measured. `run`: a trained run for the evaluations (None: training alone); `rounds`: turns of the
+    trainings, whose jobs are short, an evaluation of `questions` has one; `slow_questions`: of those, how many
+    `generate` gets, in batches and at batch 1; `vllm_python`: the interpreter of an environment that holds vLLM (None:
+    without it); `curves`: also those of curves.py."""
 
     recipe: str = "strategyqa-smollm2"
     run: Path | None = None
@@ -39,11 +41,11 @@ class Settings:
     rounds: int = 2
     steps: int = 3
     batch: int = 16
-    questions: int = 60
-    slow_questions: int = 2
+    questions: int = 300
+    slow_questions: tuple[int, int] = (128, 2)
     max_new_tokens: int = 400
     in_flight: int = 192
-    generate_batches: tuple[int, ...] = (32, 64, 128)
+    generate_batches: tuple[int, ...] = (32, 64)
     vllm_python: Path | None = None
     curves: bool = False
     traces: int = 100_000
@@ -103,25 +105,25 @@ def _starts(settings: Settings) -> Figures:
     return {"help_seconds": statistics.median(seconds)}
 
 
-def _best(name: str, shared: Figures, tries: Sequence[Figures], figure: str, settings: Settings) -> Figures:
-    """The baseline's best setting here, each tried once: the one that a careful user would find."""
-    if len(tries) == 1:
-        return tries[0]
-    found = [_job(name, {**shared, **setting}, settings)[figure] for setting in tries]
-    best = tries[found.index(max(found))]
+def _best(
+    name: str, shared: Figures, tries: Sequence[Figures], figure: str, settings: Settings
+) -> tuple[Figures, Figures]:
+    """The baseline's best setting here, each tried once: the one that a careful user would find; and its figures."""
+    found = [_job(name, {**shared, **setting}, settings) for setting in tries]
+    best, figures = max(zip(tries, found, strict=True), key=lambda pair: pair[1][figure])
     print(f"{name}: best of {len(tries)} settings {best}", file=sys.stderr)
-    return best
+    return best, figures
 
 
 def _training(settings: Settings) -> dict[str, list[Figures]]:
     """Ours, the plain loop and TRL at its best take turns."""
     shared = _shared_training(settings)
     tries = [{"dtype": dtype, "micro": micro} for dtype, micro in (("bf16", 1), ("bf16", 4), ("fp32", 1))]
-    best = _best("train_trl", {**shared, "steps": 2}, tries, "tokens_per_second", settings)
+    best, _ = _best("train_trl", {**shared, "steps": 2}, tries, "tokens_per_second", settings)
     jobs = {
-        "memreason": ("train_memreason", {**shared, "steps": 2 * settings.steps}),
+        "memreason": ("train_memreason", {**shared, "steps": settings.steps + 1}),
         "plain loop": ("train_plain", {**shared, "steps": 2}),
-        f"TRL, {best['dtype']}, batch {best['micro']}": ("train_trl", {**shared, **best}),
+        f"TRL, {best['dtype']}, batch {best['micro']}": ("train_trl", {**shared, "steps": 2, **best}),
     }
     return _turns(jobs, settings.rounds, settings)
 
@@ -151,20 +153,20 @@ def _shared_evaluation(settings: Settings) -> Figures:
 def _evaluation(settings: Settings) -> dict[str, list[Figures]]:
     shared = _shared_evaluation(settings)
     _job("export", shared, settings)
-    sorted_batches = {**shared, "dtype": "bf16"}
-    sizes = sorted({min(size, settings.questions) for size in settings.generate_batches})
-    tries = [{"batch_size": size} for size in sizes]
-    best = _best("eval_transformers", sorted_batches, tries, "questions_per_second", settings)
-    one_by_one = {**shared, "questions": settings.slow_questions, "dtype": "fp32", "batch_size": 1}
+    batched, single = (min(count, settings.questions) for count in settings.slow_questions)
+    some = {**shared, "questions": batched, "dtype": "bf16"}
+    tries = [{"batch_size": size} for size in sorted({min(size, batched) for size in settings.generate_batches})]
+    one_by_one = {**shared, "questions": single, "dtype": "fp32", "batch_size": 1}
     jobs: dict[str, tuple[str, Figures]] = {
         "memreason": ("eval_memreason", shared),
         "generate, fp32, batch 1": ("eval_transformers", one_by_one),
-        f"generate, bf16, batch {best['batch_size']}": ("eval_transformers", {**sorted_batches, **best}),
     }
     if settings.vllm_python:
         _vllm({**shared, "max_new_tokens": 1}, settings)  # fills its cache of compiled code, which later starts find
         jobs["vLLM"] = ("vllm", shared)
-    return _turns(jobs, settings.rounds, settings)
+    found = _turns(jobs, 1, settings)
+    best, figures = _best("eval_transformers", some, tries, "questions_per_second", settings)
+    return found | {f"generate, bf16, batch {best['batch_size']}": [figures]}
 
 
 def _vllm(spec: Figures, settings: Settings) -> Figures:
