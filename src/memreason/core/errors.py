@@ -6,6 +6,7 @@ MemreasonError
 ├── TaskError          an unknown task, a split or a size that a task does not have
 ├── ModelError         a base model that cannot be found, read or used this way
 ├── CheckpointError    a checkpoint that is incomplete, foreign or does not fit
+├── TeacherError       a teacher that refuses the key or the model, or does not answer
 └── StorageError       a file that cannot be written (full disk, permissions)
 """
 
@@ -19,6 +20,7 @@ __all__ = [
     "RecipeError",
     "StorageError",
     "TaskError",
+    "TeacherError",
 ]
 
 
@@ -51,6 +53,10 @@ class ModelError(MemreasonError):
 
 class CheckpointError(MemreasonError):
     """A checkpoint that is incomplete, of another base model, or does not fit its tokenizer."""
+
+
+class TeacherError(MemreasonError):
+    """A labelling run cannot go on: key or model refused, credit used up, or no endpoint answers."""
 
 
 class StorageError(MemreasonError):

@@ -59,19 +59,19 @@ def writing(path: Path | str) -> Iterator[None]:
         ) from error
 
 
-def write_text(path: Path | str, text: str) -> None:
-    """Write whole or not at all: a temporary file beside it, flushed to disk, then renamed."""
+def write_text(path: Path | str, text: str | Iterable[str]) -> None:
+    """Write whole or not at all: a temporary file beside it, flushed to disk, then renamed. Parts are streamed."""
     path = Path(path)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with partial.open("w", encoding="utf-8") as handle:
-                handle.write(text)
+                handle.writelines([text] if isinstance(text, str) else text)
                 handle.flush()
                 os.fsync(handle.fileno())
             partial.replace(path)
-        except OSError:
+        except BaseException:
             partial.unlink(missing_ok=True)
             raise
 
@@ -128,7 +128,7 @@ def read_jsonl(path: Path | str, *, torn_tail: bool = False) -> Iterator[tuple[i
 def append_jsonl(path: Path | str, objects: Iterable[Mapping[str, Any]]) -> None:
     """Append whole lines and flush them to disk, after cutting off a torn last line."""
     path = Path(path)
-    lines = _jsonl(objects)
+    lines = "".join(_jsonl(objects))
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("ab+") as handle:
@@ -171,8 +171,8 @@ def write_jsonl(path: Path | str, objects: Iterable[Mapping[str, Any]]) -> None:
     write_text(path, _jsonl(objects))
 
 
-def _jsonl(objects: Iterable[Mapping[str, Any]]) -> str:
-    return "".join(json.dumps(value, ensure_ascii=False) + "\n" for value in objects)
+def _jsonl(objects: Iterable[Mapping[str, Any]]) -> Iterator[str]:
+    return (json.dumps(value, ensure_ascii=False) + "\n" for value in objects)
 
 
 def write_traces(path: Path | str, traces: Iterable[Trace]) -> None:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import ast
 import importlib.util
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
@@ -24,9 +24,12 @@ __all__ = [
     "TokensRecipe",
     "TrainRecipe",
     "load_recipe",
+    "read_recipe",
     "shipped",
 ]
 
+Overrides = Sequence[tuple[str, Any]] | Mapping[str, Any]
+T = TypeVar("T", bound=BaseModel)
 METHODS = ("full", "lora", "prompt-tuning", "lora+prompt-tuning", "prefix-tuning")
 
 
@@ -169,25 +172,30 @@ class Recipe(Stage):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
-def shipped() -> dict[str, Path]:
-    """Recipes that come with the package: name -> file."""
-    return {path.stem: path for path in sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))}
+def shipped(kind: str = "") -> dict[str, Path]:
+    """Recipes that come with the package: name -> file. Those of labelling runs are of kind "label"."""
+    return {path.stem: path for path in sorted((Path(__file__).parent.parent / "recipes" / kind).glob("*.yaml"))}
 
 
-def load_recipe(source: str | Path | None, overrides: Sequence[tuple[str, Any]] | Mapping[str, Any] = ()) -> Recipe:
+def load_recipe(source: str | Path | None, overrides: Overrides = ()) -> Recipe:
     """Read a recipe file or a shipped recipe's name, then apply overrides such as ("train.learning_rate", "1e-3").
 
     Raises RecipeError holding every mistake of file and overrides together.
     """
+    return read_recipe(Recipe, source, overrides, shipped())
+
+
+def read_recipe(model: type[T], source: str | Path | None, overrides: Overrides, known: Mapping[str, Path]) -> T:
+    """The same for any model; `known` are the names of shipped recipes."""
     values: dict[str, Any] = {}
     problems: list[str] = []
     if source is not None:
-        values = _read_yaml(shipped().get(str(source), Path(source)))
+        values = _read_yaml(known.get(str(source), Path(source)), known)
     items = overrides.items() if isinstance(overrides, Mapping) else overrides
     for key, value in items:
         problems += _put(values, key.split("."), _number(value), key)
     try:
-        recipe = Recipe.model_validate(values)
+        recipe = model.model_validate(values)
     except ValidationError as error:
         problems += [line for item in error.errors() for line in _say(item)]
         raise RecipeError(problems, str(source or "recipe")) from error
@@ -196,9 +204,9 @@ def load_recipe(source: str | Path | None, overrides: Sequence[tuple[str, Any]] 
     return recipe
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def _read_yaml(path: Path, known: Iterable[str]) -> dict[str, Any]:
     if not path.is_file():
-        raise RecipeError(f"no such file, and no shipped recipe of that name ({', '.join(shipped())})", str(path))
+        raise RecipeError(f"no such file, and no shipped recipe of that name ({', '.join(known)})", str(path))
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except UnicodeDecodeError as error:

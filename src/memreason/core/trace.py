@@ -125,15 +125,18 @@ class Trace:
             meta=dict(line.get("meta") or {}),
             id=line.get("id") or "",
         )
-        steps = tuple(
-            Step((step["kinds"],) if isinstance(step["kinds"], str) else tuple(step["kinds"]), step["text"])
-            for step in line.get("steps") or ()
-        )
+        steps = tuple(_step(step) for step in line.get("steps") or ())
         return cls(question, steps, line.get("prediction"), tuple(line.get("faults") or ()))
 
     def with_question(self, **changes: Any) -> Trace:
         """The same trace with fields of its question replaced."""
         return replace(self, question=replace(self.question, **changes))
+
+
+def _step(step: Any) -> Step:
+    if isinstance(step, str):
+        return Step((), step)
+    return Step((step["kinds"],) if isinstance(step["kinds"], str) else tuple(step["kinds"]), step["text"])
 
 
 def _problems(line: Any) -> Any:
@@ -153,7 +156,9 @@ def _problems(line: Any) -> Any:
         yield f"'steps' must be a list, got {steps!r}"
         return
     for number, step in enumerate(steps, 1):
+        if isinstance(step, str) and step.strip():  # a line of a chain of thought that has no kind yet
+            continue
         kinds = step.get("kinds") if isinstance(step, Mapping) else None
         named = isinstance(kinds, str) or (isinstance(kinds, list) and all(isinstance(k, str) for k in kinds))
         if not (named and isinstance(step.get("text"), str) and step["text"].strip()):
-            yield f'step {number} must be {{"kinds": [...], "text": "..."}}, got {step!r}'
+            yield f'step {number} must be {{"kinds": [...], "text": "..."}} or a text, got {step!r}'

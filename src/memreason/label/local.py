@@ -1,0 +1,158 @@
+"""A teacher made of our own engine: the model to be trained, or one that was, writes its traces itself.
+
+Self-distillation: only traces with the right answer are kept (the checks see to that), and the model never sees it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from memreason.core.labelling import TeacherRecipe
+from memreason.core.recipe import EvalRecipe
+from memreason.core.trace import Question
+from memreason.encode.base import load_model, load_tokenizer
+from memreason.encode.scheme import Codec, TokenScheme
+from memreason.finetune.checkpoint import load_checkpoint
+from memreason.generate.answer import answer_questions
+from memreason.generate.engine import generate
+from memreason.label.request import Reply, Request
+
+__all__ = ["LocalTeacher", "local_teacher"]
+
+Waiting = tuple[Request, "asyncio.Future[Reply]"]
+Answer = Callable[[Sequence[Request]], list[Reply]]
+
+
+class LocalTeacher:
+    """Gathers what is asked at the same time and answers it as one batch, in a thread of its own."""
+
+    def __init__(self, answer: Answer, size: int) -> None:
+        self.answer, self.size = answer, size
+        self.waiting: list[Waiting] = []
+        self.working: asyncio.Task[None] | None = None
+
+    async def ask(self, request: Request) -> Reply:
+        future = asyncio.get_running_loop().create_future()
+        self.waiting.append((request, future))
+        if self.working is None or self.working.done():
+            self.working = asyncio.create_task(self._work())
+        reply: Reply = await future
+        return reply
+
+    async def _work(self) -> None:
+        while self.waiting:
+            await asyncio.sleep(0.02)  # the others that are about to ask
+            batch, self.waiting = self.waiting[: self.size], self.waiting[self.size :]
+            try:
+                replies = await asyncio.to_thread(self.answer, [request for request, _ in batch])
+            except Exception as error:
+                for _, future in _open(batch):
+                    future.set_exception(error)
+                continue
+            answers = dict(zip((id(future) for _, future in batch), replies, strict=True))
+            for _, future in _open(batch):
+                future.set_result(answers[id(future)])
+
+    async def close(self) -> None:
+        if self.working is not None:
+            await asyncio.gather(self.working, return_exceptions=True)
+
+
+def _open(batch: list[Waiting]) -> list[Waiting]:
+    """Those that still wait: a run that is stopped cancels its requests."""
+    return [(request, future) for request, future in batch if not future.done()]
+
+
+def local_teacher(
+    path: str, questions: Mapping[str, Question], recipe: TeacherRecipe, sample: int, size: int
+) -> LocalTeacher:
+    """Of a run or checkpoint, which writes tagged traces as it learnt to, else of a base model by its chat template.
+
+    `questions` by id. Greedy at temperature 0; a question's second try is drawn, as it would else come out the same.
+    """
+    answer = _of_checkpoint(path, questions) if is_run(path) else _of_base(path, questions)
+
+    def reply(requests: Sequence[Request]) -> list[Reply]:
+        made: dict[int, Reply] = {}
+        for turn in sorted({request.turn for request in requests}):
+            places = [n for n, request in enumerate(requests) if request.turn == turn]
+            replies = answer([requests[n] for n in places], _settings(recipe, sample, turn, size))
+            made |= zip(places, replies, strict=True)
+        return [made[n] for n in range(len(requests))]
+
+    return LocalTeacher(reply, size)
+
+
+def is_run(path: str) -> bool:
+    """Whether a teacher's name is a run or checkpoint of ours."""
+    folder = Path(path)
+    return (folder / "manifest.json").is_file() or (folder / "token_scheme.json").is_file()
+
+
+def _settings(recipe: TeacherRecipe, sample: int, turn: int, size: int) -> EvalRecipe:
+    temperature = recipe.temperature or (0.7 if turn else 0.0)
+    return EvalRecipe(
+        decoding="sample" if temperature else "greedy",
+        temperature=temperature or 1.0,
+        top_p=recipe.top_p or 1.0,
+        max_new_tokens=recipe.max_tokens,
+        batch_size=size,
+        seed=1000 * sample + turn,
+    )
+
+
+def _of_checkpoint(path: str, questions: Mapping[str, Question]) -> Callable[..., list[Reply]]:
+    loaded = load_checkpoint(path)
+
+    def answer(requests: Sequence[Request], settings: EvalRecipe) -> list[Reply]:
+        asked = [questions[request.question] for request in requests]
+        replies = []
+        for trace in answer_questions(loaded.model, loaded.codec, asked, settings):
+            lines = [f"{step.kinds[0].capitalize()}: {step.text}" for step in trace.steps if step.kinds]
+            said = [f"The answer is: {trace.prediction}"] if trace.prediction else []
+            replies.append(Reply("\n".join(lines + said)))
+        return replies
+
+    return answer
+
+
+class _ChatCodec(Codec):
+    """Questions in the model's own chat template, with no blocks."""
+
+    prompts: dict[str, list[int]]
+
+    def question_ids(self, question: Question) -> list[int]:
+        return self.prompts[question.id]
+
+
+def _of_base(path: str, questions: Mapping[str, Question]) -> Callable[..., list[Reply]]:
+    tokenizer = load_tokenizer(path)
+    model: Any = load_model(path)
+    codec = _ChatCodec(TokenScheme(n_prefix=0, n_special=0), tokenizer)
+
+    def answer(requests: Sequence[Request], settings: EvalRecipe) -> list[Reply]:
+        codec.prompts = {request.question: _chat_ids(tokenizer, request) for request in requests}
+        asked = [replace(questions[request.question], id=request.question) for request in requests]
+        made = {one.question.id: one for batch in generate(model, codec, asked, settings) for one in batch}
+        return [_reply(made[request.question], codec, settings) for request in requests]
+
+    return answer
+
+
+def _chat_ids(tokenizer: Any, request: Request) -> list[int]:
+    if tokenizer.chat_template:
+        ids = tokenizer.apply_chat_template(list(request.messages), add_generation_prompt=True, return_dict=False)
+        return list(ids)
+    text = "\n\n".join(message["content"] for message in request.messages)
+    return list(tokenizer(text + "\n")["input_ids"])
+
+
+def _reply(generation: Any, codec: Codec, settings: EvalRecipe) -> Reply:
+    ids = generation.ids
+    ended = bool(ids) and ids[-1] == codec.eos_id
+    text = codec.decode(ids[:-1] if ended else ids)
+    return Reply(text, "stop" if ended else "length", completion_tokens=len(ids))
