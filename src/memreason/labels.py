@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import json
+import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -25,6 +25,11 @@ from memreason.label.prices import Price, estimate, price_of
 from memreason.label.run import Job, Tally, label_all
 from memreason.label.teacher import OpenAITeacher, Teacher
 from memreason.measure.score import score_trace
+
+if sys.platform == "win32":
+    from asyncio import run as run_loop
+else:
+    from uvloop import run as run_loop  # a quarter more requests a second
 
 __all__ = ["batch", "estimate_run", "export", "label", "merge"]
 
@@ -135,7 +140,7 @@ def _run(
             if teacher is None:
                 await asked.close()
 
-    return asyncio.run(run())
+    return run_loop(run())
 
 
 def _teacher(recipe: LabelRecipe, questions: dict[str, Question], in_flight: int) -> Teacher:

@@ -51,9 +51,8 @@ def exchange(folder: Path | str, traces: Sequence[Trace], job: Job, journal: Jou
             _read(path, journal, report)
             journal.mark_read(digest)
     waiting, fresh = journal.batched(), dict[str, Request]()
-    for trace in traces:
-        if not journal.claim(trace.question.id):
-            continue
+    ours = journal.claim([trace.question.id for trace in traces])
+    for trace in (trace for trace in traces if trace.question.id in ours):
         found = play(trace, job, prompts, journal)
         if isinstance(found, Outcome):
             journal.settle(trace.question.id, found)

@@ -11,7 +11,7 @@ import json
 import sqlite3
 import time
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,10 @@ create table if not exists batched (
 create table if not exists results_read (hash text primary key) without rowid;
 create index if not exists replies_question on replies (question);
 """
+CLAIM = """
+insert or ignore into claims select ?, ?, ? where not exists (
+  select 1 from outcomes where labelling = ? and question = ? and status != 'failed'
+)"""
 REPLY = ("content", "finish_reason", "refusal", "prompt_tokens", "completion_tokens", "seconds", "endpoint")
 
 
@@ -97,16 +101,11 @@ class Journal:
                 "then run the same command again."
             ) from error
 
-    def claim(self, question: str) -> bool:
-        """Take a question. False if it has an outcome already, or if a living process works on it."""
-        here = (self.labelling, question)
-        done = "select 1 from outcomes where labelling = ? and question = ? and status != 'failed'"
-        if self.base.execute(done, here).fetchone():
-            return False
-        self._write(("insert or ignore into claims values (?, ?, ?)", (*here, self.owner)))
-        owner = self.base.execute("select owner from claims where labelling = ? and question = ?", here).fetchone()
-        # It may have been finished by another process between the two looks.
-        return owner == (self.owner,) and not self.base.execute(done, here).fetchone()
+    def claim(self, questions: Sequence[str]) -> set[str]:
+        """Take questions: those that have no outcome yet and that no living process works on."""
+        self._write(*[(CLAIM, (self.labelling, one, self.owner, self.labelling, one)) for one in questions])
+        mine = "select question from claims where labelling = ? and owner = ?"
+        return {row[0] for row in self.base.execute(mine, (self.labelling, self.owner))}.intersection(questions)
 
     def find(self, key: str) -> Reply | None:
         row = self.base.execute(f"select {', '.join(REPLY)} from replies where key = ?", (key,)).fetchone()

@@ -23,7 +23,6 @@ from memreason.label.request import Reply, Request
 
 __all__ = ["LocalTeacher", "local_teacher"]
 
-Waiting = tuple[Request, "asyncio.Future[Reply]"]
 Answer = Callable[[Sequence[Request]], list[Reply]]
 
 
@@ -32,7 +31,7 @@ class LocalTeacher:
 
     def __init__(self, answer: Answer, size: int) -> None:
         self.answer, self.size = answer, size
-        self.waiting: list[Waiting] = []
+        self.waiting: list[tuple[Request, asyncio.Future[Reply]]] = []
         self.working: asyncio.Task[None] | None = None
 
     async def ask(self, request: Request) -> Reply:
@@ -48,23 +47,20 @@ class LocalTeacher:
             await asyncio.sleep(0.02)  # the others that are about to ask
             batch, self.waiting = self.waiting[: self.size], self.waiting[self.size :]
             try:
-                replies = await asyncio.to_thread(self.answer, [request for request, _ in batch])
+                replies: list[Reply] | Exception = await asyncio.to_thread(self.answer, [one for one, _ in batch])
             except Exception as error:
-                for _, future in _open(batch):
-                    future.set_exception(error)
-                continue
-            answers = dict(zip((id(future) for _, future in batch), replies, strict=True))
-            for _, future in _open(batch):
-                future.set_result(answers[id(future)])
+                replies = error
+            for n, (_, future) in enumerate(batch):
+                if future.done():  # a run that is stopped cancels its requests
+                    continue
+                if isinstance(replies, Exception):
+                    future.set_exception(replies)
+                else:
+                    future.set_result(replies[n])
 
     async def close(self) -> None:
         if self.working is not None:
             await asyncio.gather(self.working, return_exceptions=True)
-
-
-def _open(batch: list[Waiting]) -> list[Waiting]:
-    """Those that still wait: a run that is stopped cancels its requests."""
-    return [(request, future) for request, future in batch if not future.done()]
 
 
 def local_teacher(

@@ -18,7 +18,7 @@ from memreason.label.prompting import Prompts
 from memreason.label.protocols import PROTOCOLS
 from memreason.label.request import Failed, Reply, Request, content_of
 
-__all__ = ["Outcome", "Right", "label_trace"]
+__all__ = ["Labelling", "Outcome", "Right", "label_trace"]
 
 Right = Callable[[Trace], bool]  # whether a trace's prediction equals its gold answer
 Complaint = tuple[str | None, str]  # what the teacher wrote, what is wrong with it
@@ -39,6 +39,9 @@ class Outcome:
     def counts(self) -> Counter[str]:
         """How often each check failed on the way."""
         return Counter(name for entry in self.history for name in entry["checks"])
+
+
+Labelling = Generator[Request, Reply, Outcome]
 
 
 @dataclass
@@ -62,9 +65,6 @@ class _Conversation:
         self.complaints.setdefault(purpose, []).append((content, reason))
         for later in self.purposes[self.purposes.index(purpose) + 1 :]:
             self.complaints.pop(later, None)
-
-
-Labelling = Generator[Request, Reply, Outcome]
 
 
 def label_trace(trace: Trace, recipe: LabelRecipe, prompts: Prompts, right: Right) -> Labelling:

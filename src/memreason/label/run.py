@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from tqdm import tqdm
@@ -14,7 +14,7 @@ from memreason.core.labelling import LabelRecipe
 from memreason.core.trace import Trace
 from memreason.label.endpoint import NoReply
 from memreason.label.journal import Journal
-from memreason.label.outcome import Outcome, Right, label_trace
+from memreason.label.outcome import Labelling, Outcome, Right, label_trace
 from memreason.label.prices import Price, money
 from memreason.label.prompting import Prompts
 from memreason.label.protocols import PROTOCOLS
@@ -22,6 +22,8 @@ from memreason.label.request import Reply, Request, key_of
 from memreason.label.teacher import Teacher
 
 __all__ = ["Job", "Tally", "label_all", "play"]
+
+BLOCK = 32  # questions claimed at a time
 
 
 @dataclass(frozen=True)
@@ -77,18 +79,23 @@ class Tally:
         return ", ".join([share, f"{tokens:,} tokens", *([cost] if price else [])])
 
 
+def _advance(talk: Labelling, reply: Reply | None) -> Request | Outcome:
+    """The next request, or the outcome. None starts it."""
+    try:
+        return talk.send(reply)  # type: ignore[arg-type]
+    except StopIteration as done:
+        outcome: Outcome = done.value
+        return outcome
+
+
 def play(trace: Trace, job: Job, prompts: Prompts, journal: Journal) -> Request | Outcome:
     """How far the journal's replies bring a question: its outcome, or the next request that has no reply yet."""
     talk, reply = label_trace(trace, job.recipe, prompts, job.right), None
-    while True:
-        try:
-            request = talk.send(reply)  # type: ignore[arg-type]  # None starts a generator
-        except StopIteration as done:
-            outcome: Outcome = done.value
-            return outcome
-        reply = journal.find(key_of(request, job.recipe.teacher, job.recipe.sample))
+    while not isinstance(found := _advance(talk, reply), Outcome):
+        reply = journal.find(key_of(found, job.recipe.teacher, job.recipe.sample))
         if reply is None:
-            return request
+            return found
+    return found
 
 
 async def label_all(
@@ -105,19 +112,22 @@ async def label_all(
 
     Raises TeacherError as soon as no request would be answered; what was labelled by then is in the journal.
     """
-    tally, prompts, waiting = Tally(), job.prompts, iter(traces)
+    tally, prompts = Tally(), job.prompts
     with tqdm(total=len(traces), desc=label, unit="q", smoothing=0.05) as bar:
 
-        def step() -> None:
-            bar.set_postfix_str(tally.say(price), refresh=False)
-            bar.update()
+        def pass_over(count: int) -> None:
+            tally.before += count
+            bar.update(count)
+
+        waiting = _claimed(traces, journal, pass_over)
 
         async def work() -> None:
-            for trace in _claimed(waiting, journal, tally, step):
+            for trace in waiting:  # one iterator for all workers
                 outcome = await _label(trace, job, prompts, teacher, journal, tally)
                 journal.settle(trace.question.id, outcome)
                 tally.add(outcome)
-                step()
+                bar.set_postfix_str(tally.say(price), refresh=False)
+                bar.update()
 
         workers = [asyncio.create_task(work()) for _ in range(max(1, min(in_flight, len(traces))))]
         try:
@@ -129,25 +139,28 @@ async def label_all(
     return tally
 
 
-def _claimed(waiting: Iterator[Trace], journal: Journal, tally: Tally, step: object) -> Iterator[Trace]:
-    for trace in waiting:
-        if journal.claim(trace.question.id):
-            yield trace
-        else:
-            tally.before += 1
-            step()  # type: ignore[operator]
+def _claimed(traces: Sequence[Trace], journal: Journal, pass_over: Callable[[int], None]) -> Iterator[Trace]:
+    """Claim questions a block at a time; those that have an outcome, or that another process works on, are not ours."""
+    for start in range(0, len(traces), BLOCK):
+        block = traces[start : start + BLOCK]
+        ours = journal.claim([trace.question.id for trace in block])
+        pass_over(len(block) - len(ours))
+        yield from (trace for trace in block if trace.question.id in ours)
 
 
 async def _label(trace: Trace, job: Job, prompts: Prompts, teacher: Teacher, journal: Journal, tally: Tally) -> Outcome:
-    """Ask what the journal lacks until there is an outcome."""
-    recipe = job.recipe
-    while not isinstance(found := play(trace, job, prompts, journal), Outcome):
+    """Play the journal's replies, and ask for what it lacks, until there is an outcome."""
+    recipe, talk, reply = job.recipe, label_trace(trace, job.recipe, prompts, job.right), None
+    while not isinstance(found := _advance(talk, reply), Outcome):
+        key = key_of(found, recipe.teacher, recipe.sample)
+        reply = journal.find(key)
+        if reply is not None:
+            continue
         try:
             reply = await teacher.ask(found)
         except NoReply as error:
             entry = {"purpose": found.purpose, "checks": ["no_reply"], "reasons": str(error), "reply": None}
             return Outcome("failed", None, (entry,))
-        key = key_of(found, recipe.teacher, recipe.sample)
         journal.keep(key, trace.question.id, found.purpose, recipe.sample, recipe.teacher.model, reply)
         tally.pay(reply)
     return found
