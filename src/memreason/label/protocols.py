@@ -22,8 +22,8 @@ __all__ = ["PROTOCOLS", "Protocol", "Talk"]
 Talk = Generator[Request, Any, Draft]
 KINDS = (MEMORY, REASON)
 TRUTHS = ("True", "False")
-SELF_LINE = re.compile(r"\W*(memory|reason)\W*[:：]\s*(.*)", re.IGNORECASE)
-SELF_ANSWER = re.compile(r"\W*the answer is\b\W*?[:：]?\s*(.*)", re.IGNORECASE)
+SELF_LINE = re.compile(r"\W*(memory|reason)\W*?[:：][\s*]*(.*)", re.IGNORECASE)
+SELF_ANSWER = re.compile(r"\W*the answer is\b\W*?[:：]?[\s*]*(.*)", re.IGNORECASE)
 
 
 def _object(**properties: Any) -> dict[str, Any]:
