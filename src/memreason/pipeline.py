@@ -29,7 +29,7 @@ from memreason.finetune.train import training_arguments
 from memreason.generate.answer import answer_questions, read_samples
 from memreason.measure.score import score_trace
 from memreason.measure.stats import summarise
-from memreason.report.terminal import console, figures, note
+from memreason.report.console import console, figures, note
 
 __all__ = ["ask", "dry_run", "evaluate", "run", "train"]
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from memreason.core.errors import RecipeError
+from memreason.verbs_label import LABEL
 
 __all__ = ["GROUPS", "VERBS", "Verb"]
 
@@ -41,7 +42,8 @@ def _train(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
         print(recipe.to_yaml(), end="")
         return
     from memreason import pipeline
-    from memreason.report.terminal import figures, print_results, print_samples
+    from memreason.report.console import figures
+    from memreason.report.terminal import print_results, print_samples
 
     if arguments.dry_run:
         pipeline.dry_run(recipe)
@@ -68,7 +70,8 @@ def _eval(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
     from memreason import pipeline
     from memreason.core.recipe import load_recipe
     from memreason.finetune.checkpoint import load_checkpoint
-    from memreason.report.terminal import note, print_results, print_samples
+    from memreason.report.console import note
+    from memreason.report.terminal import print_results, print_samples
 
     loaded = load_checkpoint(path, base=base, **changes)
     for line in differences(values, loaded.recipe) if published else ():
@@ -247,4 +250,5 @@ VERBS = {
     "models list": Verb(_models_list, "built-in models", {}),
     "models pull": Verb(_models_pull, "fetch a built-in model", {"name": {"help": "as in `memreason models list`"}}),
 }
+VERBS |= {name: Verb(*row) for name, row in LABEL.items()}
 GROUPS = {"data": "questions and traces", "models": "base models"}

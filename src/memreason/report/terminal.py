@@ -2,29 +2,21 @@
 
 from __future__ import annotations
 
-import os
 import random
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from memreason.core.trace import LETTERS, Trace
 from memreason.generate.answer import read_samples
 from memreason.measure.score import score_trace
+from memreason.report.console import console, figures
 
-__all__ = ["console", "figures", "note", "print_bench", "print_results", "print_samples", "print_trace"]
+__all__ = ["print_bench", "print_results", "print_samples", "print_trace"]
 
-console = Console(highlight=False, quiet=os.environ.get("RANK", "0") != "0")  # of several processes one speaks
 COLOURS = {"memory": "cyan", "reason": "yellow"}
-
-
-def note(text: str) -> None:
-    """One dim line about something that was left out or decided."""
-    console.print(Text("note: ", style="dim").append(text))
 
 
 def print_trace(trace: Trace, verdict: str = "") -> None:
@@ -43,15 +35,6 @@ def print_trace(trace: Trace, verdict: str = "") -> None:
     if trace.faults:
         text.append(f"\n  faults: {', '.join(trace.faults)}", style="red")
     console.print(text, "")
-
-
-def figures(title: str, rows: Sequence[tuple[str, str]]) -> None:
-    """Names and values in two columns; a long path is never broken, so that it can be copied."""
-    if title:
-        console.print(Text(title, style="bold"))
-    width = max(len(name) for name, _ in rows)
-    for name, value in rows:
-        console.print(Text(f"  {name:<{width}}  ", style="dim").append(value, style="not dim"), soft_wrap=True)
 
 
 def print_results(results: dict[str, Any]) -> None:
