@@ -10,7 +10,14 @@ import pytest
 from memreason.core.errors import DataError, RecipeError, TaskError
 from memreason.core.trace import LETTERS, Question, Trace
 from memreason.data.mix import carve_validation, leak_guard, mix, subset
-from memreason.data.readers import HUB_TASKS, commonsenseqa_rows, read_hub, strategyqa_rows, truthfulqa_rows
+from memreason.data.readers import (
+    HUB_TASKS,
+    commonsenseqa_rows,
+    mmlu_pro_rows,
+    read_hub,
+    strategyqa_rows,
+    truthfulqa_rows,
+)
 
 STRATEGY = [
     {"question": "Does ice float? ", "answer": True, "facts": "Ice is light.", "term": "Ice"},
@@ -71,6 +78,20 @@ def test_truthfulqa_is_cut_in_two_and_from_disk_or_file_alike(tmp_path):
     assert read_hub("truthfulqa", "train", path=plain) == parts["train"]
 
 
+def test_mmlu_pro_is_parted_across_its_subjects(tmp_path):
+    rows = [
+        {"question": f"Q{n}?", "options": ["a", "b", "c", "N/A"], "answer": "C", "category": "law" if n < 50 else "art"}
+        for n in range(100)
+    ]
+    write_jsonl(tmp_path / "test.jsonl", rows)
+    parts = {split: read_hub("mmlu-pro", split, path=tmp_path) for split in ("train", "test")}
+    assert [len(part) for part in parts.values()] == [80, 20]
+    assert {trace.question.id for trace in parts["train"]}.isdisjoint(trace.question.id for trace in parts["test"])
+    assert {trace.question.meta["category"] for trace in parts["test"]} == {"law", "art"}
+    question = parts["train"][0].question
+    assert (question.choices, question.answer, question.split) == (("a", "b", "c"), "C", "train")
+
+
 def test_a_copy_of_the_hub_repository_is_read_by_its_configuration(tmp_path):
     folder = tmp_path / "truthful_qa"
     write_jsonl(folder / "multiple_choice" / "validation.jsonl", TRUTH)
@@ -115,6 +136,7 @@ def test_facts_may_be_a_list_and_a_decomposition_is_no_fact():
         (strategyqa_rows, {"answer": True}, "row 1: 'question' must be"),
         (commonsenseqa_rows, {**COMMON[0], "answerKey": ""}, "validation split is the test split"),
         (commonsenseqa_rows, {"question": "Q?"}, "'answerKey' must be one of"),
+        (mmlu_pro_rows, {"question": "Q?", "options": ["a", "N/A"], "answer": "B"}, "must be one of A, got 'B'"),
         (truthfulqa_rows, {"question": "Q?"}, "multiple_choice"),
         (truthfulqa_rows, {"question": "Q?", "mc1_targets": {"choices": ["a"], "labels": [1, 1]}}, "single label"),
     ],

@@ -9,13 +9,21 @@ import random
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from memreason.core.errors import DataError, TaskError
 from memreason.core.trace import LETTERS, Question, Trace
 from memreason.data.solved import aqua_rows, facts_as_steps, gsm8k_rows, math_rows, svamp_rows
 
-__all__ = ["HUB_TASKS", "HubTask", "commonsenseqa_rows", "read_hub", "strategyqa_rows", "truthfulqa_rows"]
+__all__ = [
+    "HUB_TASKS",
+    "HubTask",
+    "commonsenseqa_rows",
+    "mmlu_pro_rows",
+    "read_hub",
+    "strategyqa_rows",
+    "truthfulqa_rows",
+]
 
 OPTION_SEED = 0
 TRAIN_SHARE = 0.8
@@ -95,6 +103,23 @@ def _truthfulqa(row: Mapping[str, Any], split: str, number: int, seed: int) -> T
     return Trace(Question(text, answer, "truthfulqa", split, choices=choices, meta=meta), ())
 
 
+def mmlu_pro_rows(rows: Rows, split: str = "") -> list[Trace]:
+    """Up to ten choices. Subject and source are kept in meta; questions of one source are no group."""
+    return [_mmlu_pro(row, split, number) for number, row in enumerate(rows, 1)]
+
+
+def _mmlu_pro(row: Mapping[str, Any], split: str, number: int) -> Trace:
+    text = _text(row, "question", number)
+    choices = tuple(str(choice).strip() for choice in row.get("options") or ())
+    while choices and choices[-1] in ("", "N/A"):  # the set fills up short lists
+        choices = choices[:-1]
+    answer = str(row.get("answer")).strip()
+    if len(answer) != 1 or answer not in LETTERS[: len(choices)]:
+        raise DataError(f"mmlu-pro, row {number}: 'answer' must be one of {LETTERS[: len(choices)]}, got {answer!r}")
+    meta = {"source": HUB_TASKS["mmlu-pro"].hub_id, "category": row.get("category"), "src": row.get("src")}
+    return Trace(Question(text, answer, "mmlu-pro", split, choices=choices, meta=meta), ())
+
+
 def _text(row: Mapping[str, Any], key: str, number: int) -> str:
     value = row.get(key)
     if not isinstance(value, str) or not value.strip():
@@ -110,13 +135,14 @@ def _texts(value: Any) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class HubTask:
-    """Where a task lies on the hub. `splits` maps our split to the hub's; `cut` parts a single one."""
+    """Where a task lies on the hub. `splits` maps our split to the hub's; `cut` parts a single one: its first rows are
+    for training, or as many that are drawn, where rows stand in an order of their own."""
 
     hub_id: str
     rows: Callable[[Rows, str], list[Trace]]
     splits: Mapping[str, str]
     config: str | None = None
-    cut: bool = False
+    cut: Literal["", "first", "drawn"] = ""
 
 
 def _qa_rows(rows: Rows, split: str = "") -> list[Trace]:
@@ -137,8 +163,9 @@ HUB_TASKS = {
         truthfulqa_rows,
         {"train": "validation", "test": "validation"},
         config="multiple_choice",
-        cut=True,
+        cut="first",
     ),
+    "mmlu-pro": HubTask("TIGER-Lab/MMLU-Pro", mmlu_pro_rows, {"train": "test", "test": "test"}, cut="drawn"),
 }
 
 
@@ -156,11 +183,18 @@ def read_hub(task: str, split: str, *, path: Path | str | None = None, revision:
     rows = _load_hub(task, source, split, revision) if path is None else _load_local(Path(path), source, split)
     traces = source.rows(rows, split)
     if source.cut:
-        border = int(TRAIN_SHARE * len(traces))
-        traces = traces[:border] if split == "train" else traces[border:]
+        traces = _cut(traces, source.cut, split)
     if not traces:
         raise DataError(f"{path or source.hub_id}: the {split} split of {task} holds no questions")
     return traces
+
+
+def _cut(traces: list[Trace], way: str, split: str) -> list[Trace]:
+    border = int(TRAIN_SHARE * len(traces))
+    places = list(range(len(traces)))
+    if way == "drawn":
+        random.Random(OPTION_SEED).shuffle(places)
+    return [traces[place] for place in sorted(places[:border] if split == "train" else places[border:])]
 
 
 def _load_hub(task: str, source: HubTask, split: str, revision: str | None) -> Rows:

@@ -59,6 +59,7 @@ TASKS = {
         "several choices (truthfulqa/truthful_qa, mc1)",
         {"train": "truthful_qa_train_clean_CC.json", "test": "truthful_qa_test_clean_CC.json"},
     ),
+    "mmlu-pro": Task(SPLITS, "up to ten choices, many subjects (TIGER-Lab/MMLU-Pro)", {}),
     "gsm8k": Task(SPLITS, "school arithmetic with solutions (openai/gsm8k)", {}, solved=True),
     "math": Task(SPLITS, "competition mathematics (DigitalLearningGmbH/MATH-lighteval)", {}, solved=True),
     "aqua": Task(SPLITS, "arithmetic, five choices, with rationales (deepmind/aqua_rat)", {}, solved=True),
