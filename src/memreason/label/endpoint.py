@@ -140,7 +140,7 @@ class Endpoint:
         """An error's text, without the key: some servers send it back."""
         text = " ".join(str(error).split())
         if isinstance(error, openai.APITimeoutError):
-            text = f"no reply in {self.teacher.timeout:g} s"
+            text = f"no reply in {self.teacher.timeout:g} s (if it is only slow: --teacher.timeout, --in-flight)"
         elif isinstance(error, openai.APIConnectionError):
             text = f"no connection ({error.__cause__ or text})"
         return (text.replace(self.key, "***") if self.key else text)[:300]

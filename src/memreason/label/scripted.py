@@ -107,7 +107,7 @@ class ScriptedTeacher:
     """Replies as `answer` says, except where it misbehaves: `script` names what the next requests meet ("ok" is
     none), `shares` how often a trouble strikes, once for each body. Every reply takes `seconds`.
 
-    `asked` counts requests by body, `paid` those that were replied to with a completion.
+    `asked` counts requests by body, `paid` those that were replied to with a completion; `bodies` are the last ones.
     """
 
     def __init__(
@@ -140,7 +140,7 @@ class ScriptedTeacher:
             found = self.answer(body)
             status, made = TROUBLES[trouble](found, body) if trouble != "ok" else (200, _completion(_said(found), body))
             self.paid[name] += status == 200
-            self.bodies.append(body)
+            self.bodies = [*self.bodies[-99:], body]
         return (status, made), self.slow_seconds if trouble == "slow" else self.seconds
 
     def _trouble(self, name: str) -> str:
@@ -178,6 +178,11 @@ class _Handler(BaseHTTPRequestHandler):
         (status, made), seconds = self.teacher.reply(body)
         time.sleep(seconds)
         return self._send(status, made)
+
+    def do_GET(self) -> None:
+        """Counts of completions: how many in all, and the most that one body got."""
+        paid = self.teacher.paid
+        self._send(200, {"paid": paid.total(), "most": max(paid.values(), default=0)})
 
     def _send(self, status: int, made: Body) -> None:
         data = json.dumps(made).encode()

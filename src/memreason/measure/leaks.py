@@ -8,6 +8,8 @@ from collections import Counter, defaultdict
 from collections.abc import Collection, Sequence
 from typing import Any
 
+import numpy as np
+
 from memreason.core.trace import Question, Trace
 from memreason.data.mix import question_key
 
@@ -15,6 +17,7 @@ __all__ = ["leakage", "near_pairs", "shingles", "words"]
 
 NEAR = 0.8  # Jaccard likeness from which two questions are nearly the same
 RUN = 2  # words of a shingle
+ENOUGH = 3  # rare members in common that make two sets worth a comparison: one lets too many pass, ten find too few
 UNSPACED = "\u3040-\u30ff\u3400-\u9fff\u0e00-\u0e7f"  # written without spaces: there every sign counts as a word
 WORD = re.compile(rf"[{UNSPACED}]|[^\W{UNSPACED}]+(?:['’.,-]\w+)*")
 
@@ -37,35 +40,43 @@ def near_pairs(
 ) -> list[tuple[int, int, float]]:
     """(place in first, place in second, Jaccard likeness) of every pair whose likeness is at least `least`.
 
-    Two sets that are so alike share one of their rarest members: only those are indexed and looked up (prefix
-    filtering: Chaudhuri 2006, ICDE; Bayardo 2007, WWW), so that nothing is compared with everything.
+    Two sets that are so alike have ENOUGH of their rarest members in common: only those are indexed and counted
+    (prefix filtering: Chaudhuri 2006, ICDE; with several in common: Wang 2012, SIGMOD), so that nothing is
+    compared with everything.
     """
     counts = Counter(member for members in (*first, *second) for member in members)
     rank = {member: place for place, member in enumerate(sorted(counts, key=lambda member: (counts[member], member)))}
-    index: dict[int, list[int]] = defaultdict(list)
     ranked = [sorted(rank[member] for member in members) for members in second]
+    lists: dict[int, list[int]] = defaultdict(list)
     for place, members in enumerate(ranked):
-        for member in _rarest(members, least):
-            index[member].append(place)
+        for member in members[: _prefix(len(members), least)]:
+            lists[member].append(place)
+    index = {member: np.array(places) for member, places in lists.items()}
     sets = [frozenset(members) for members in ranked]
     found = []
     for place, members in enumerate(first):
         own = sorted(rank[member] for member in members)
-        near = {other for member in _rarest(own, least) for other in index.get(member, ())}
-        for other in sorted(near):
-            likeness = _jaccard(own, sets[other], least)
+        hits = [index[member] for member in own[: _prefix(len(own), least)] if member in index]
+        if not hits:
+            continue
+        others, shared = np.unique(np.concatenate(hits), return_counts=True)
+        for other in others[shared >= min(ENOUGH, _least_shared(len(own), least))].tolist():
+            likeness = _jaccard(own, sets[other])
             if likeness >= least:
                 found.append((place, other, likeness))
     return found
 
 
-def _rarest(members: list[int], least: float) -> list[int]:
-    return members[: len(members) - math.ceil(least * len(members) - 1e-9) + 1]
+def _least_shared(size: int, least: float) -> int:
+    """How many members a set of this size has in common with any set that is alike enough."""
+    return math.ceil(least * size - 1e-9)
 
 
-def _jaccard(own: list[int], other: frozenset[int], least: float) -> float:
-    if min(len(own), len(other)) < least * max(len(own), len(other)) - 1e-9:  # too unlike in size alone
-        return 0.0
+def _prefix(size: int, least: float) -> int:
+    return size - _least_shared(size, least) + ENOUGH
+
+
+def _jaccard(own: list[int], other: frozenset[int]) -> float:
     shared = len(other.intersection(own))
     return shared / (len(own) + len(other) - shared)
 
@@ -95,21 +106,15 @@ def leakage(traces: Sequence[Trace], held_out: Sequence[Trace] = ()) -> list[dic
 def _compare(
     first: Sequence[tuple[int, Trace]], second: Sequence[tuple[int, Trace]], between: tuple[str, str]
 ) -> dict[str, Any]:
-    places: dict[tuple[str, ...], int] = {}
-    for place, (_, trace) in enumerate(second):
-        places.setdefault(question_key(trace.question), place)
-    same: list[tuple[int, int, float]] = []
-    rest: list[int] = []
-    for place, (_, trace) in enumerate(first):
-        other = places.get(question_key(trace.question))
-        if other is None:
-            rest.append(place)
-        else:
-            same.append((place, other, 1.0))
-    near = near_pairs(
-        [shingles(first[place][1].question) for place in rest], [shingles(trace.question) for _, trace in second]
+    firsts, seconds = _by_key(first), _by_key(second)
+    same = [(place, seconds[key][0], 1.0) for key, places in firsts.items() if key in seconds for place in places]
+    rest = [places for key, places in firsts.items() if key not in seconds]
+    others = [places[0] for places in seconds.values()]
+    alike = near_pairs(
+        [shingles(first[places[0]][1].question) for places in rest],
+        [shingles(second[place][1].question) for place in others],
     )
-    near = [(rest[place], other, likeness) for place, other, likeness in near]
+    near = [(place, others[other], likeness) for one, other, likeness in alike for place in rest[one]]
 
     def told(pairs: list[tuple[int, int, float]]) -> list[dict[str, Any]]:
         return [
@@ -120,7 +125,14 @@ def _compare(
                 "other": second[other][1].question.text,
                 "likeness": likeness,
             }
-            for one, other, likeness in pairs
+            for one, other, likeness in sorted(pairs)
         ]
 
     return {"between": list(between), "sizes": [len(first), len(second)], "same": told(same), "near": told(near)}
+
+
+def _by_key(rows: Sequence[tuple[int, Trace]]) -> dict[tuple[str, ...], list[int]]:
+    places: dict[tuple[str, ...], list[int]] = defaultdict(list)
+    for place, (_, trace) in enumerate(rows):
+        places[question_key(trace.question)].append(place)
+    return places
