@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# SHARED is a folder with the published files: data/labelled and data/outputs.
+SHARED ?= ../shared
 
 .PHONY: setup check test demo published bench soak clean
 
@@ -25,10 +27,9 @@ demo: setup
 	$(BIN)/memreason run demo
 
 soak: setup
-	$(BIN)/pytest -m soak
+	$(BIN)/pip install --disable-pip-version-check -q -c constraints.txt 'transformers[serving]'
+	MEMREASON_SHARED=$(abspath $(SHARED)) $(BIN)/pytest -m soak -s
 
-# SHARED is a folder with the published files: data/labelled and data/outputs.
-SHARED ?= ../shared
 published: setup
 	$(BIN)/python benchmarks/published_verdicts.py --shared $(SHARED)
 	$(BIN)/python benchmarks/published_arguments.py --shared $(SHARED)

@@ -1,7 +1,7 @@
 """Run every `memreason` line of the README in its order, in a fresh folder beside the run that `make demo` made.
 
 Fails unless each of them succeeds. The published file that the README imports is taken from --shared; without that
-folder, the line that needs it is named as not run.
+folder, the line that needs it is named as not run. The teacher that it names is a scripted one, on a port of its own.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from memreason import ScriptedTeacher, serving
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -28,10 +30,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shared", type=Path, help="folder that holds data/labelled")
     shared = parser.parse_args().shared
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory() as scratch, serving(ScriptedTeacher()) as teacher:
         folder = Path(scratch)
         shutil.copytree(ROOT / "runs" / "demo", folder / "runs" / "demo")
         for line in commands():
+            line = line.replace("http://127.0.0.1:8000/v1", teacher)
             words = shlex.split(line, comments=True)[1:]
             for name in re.findall(r"\S+_clean\.json", line) if shared else ():
                 shutil.copy(shared / "data" / "labelled" / name, folder)

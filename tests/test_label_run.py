@@ -57,8 +57,8 @@ def test_a_run_labels_every_question_once(protocol: str) -> None:
     teacher = ScriptedTeacher()
     with serving(teacher) as url:
         settings = recipe(url, protocol=protocol, **{"teacher.local": False, "checks.skip": ["answer"]})
-        found = labels.label(settings)
-        again = labels.label(settings)
+        found = labels.label_questions(settings)
+        again = labels.label_questions(settings)
     assert (found["accepted"], found["rejected"], found["open"]) == (12, 0, 0)
     traces = read_traces("labels/q-train/traces.jsonl")
     assert [trace.question.text for trace in traces] == [trace.question.text for trace in read_traces("q.jsonl")]
@@ -75,7 +75,7 @@ TROUBLE = [name for name in TROUBLES if name not in ("400", "401", "quota", "slo
 def test_every_trouble_is_survived_and_counted() -> None:
     teacher = ScriptedTeacher(script=TROUBLE, retry_after=0.1)
     with serving(teacher) as url:
-        found = labels.label(recipe(url, in_flight=1, attempts=20, count=3))
+        found = labels.label_questions(recipe(url, in_flight=1, attempts=20, count=3))
     assert found["accepted"] == 3
     assert found["checks"] == {
         "not_json": 1,
@@ -98,7 +98,7 @@ def test_a_failure_is_never_kept_as_a_success() -> None:
     """Published: failures are saved as data. Here they are named, with what the teacher wrote."""
     teacher = ScriptedTeacher(script=["null", "wrong_answer", "ok"])
     with serving(teacher) as url:
-        found = labels.label(recipe(url, in_flight=1, attempts=2, count=2))
+        found = labels.label_questions(recipe(url, in_flight=1, attempts=2, count=2))
     assert (found["accepted"], found["rejected"]) == (1, 1)
     (line,) = rejected()
     assert [entry["checks"] for entry in line["history"]] == [["no_content"], ["answer"]]
@@ -113,11 +113,11 @@ def test_what_no_retry_mends_stops_at_once(trouble: str, said: str) -> None:
     teacher = ScriptedTeacher(script=["ok"] * 4 + [trouble] * 100)
     with serving(teacher) as url:
         with pytest.raises(TeacherError, match=said):
-            labels.label(recipe(url, in_flight=1))
+            labels.label_questions(recipe(url, in_flight=1))
         assert teacher.asked.total() == 5
         assert len(read_traces("labels/q-train/traces.jsonl")) == 4  # nothing lost
         teacher.script.clear()
-        assert labels.label(recipe(url))["this_run"]["replies"] == 8
+        assert labels.label_questions(recipe(url))["this_run"]["replies"] == 8
 
 
 def test_the_key_is_nowhere(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
@@ -150,14 +150,14 @@ def test_retry_after_is_honoured() -> None:
     teacher = ScriptedTeacher(script=["429", "ok"], retry_after=1.2)
     with serving(teacher) as url:
         start = time.monotonic()
-        assert labels.label(recipe(url, count=1))["accepted"] == 1
+        assert labels.label_questions(recipe(url, count=1))["accepted"] == 1
     assert time.monotonic() - start > 1.2
 
 
 def test_json_is_asked_for_in_the_strictest_way_that_is_taken() -> None:
     teacher = ScriptedTeacher(json_schema=False)
     with serving(teacher) as url:
-        assert labels.label(recipe(url, in_flight=1))["accepted"] == 12
+        assert labels.label_questions(recipe(url, in_flight=1))["accepted"] == 12
     ways = [(body.get("response_format") or {}).get("type") for body in teacher.bodies]
     assert ways == ["json_schema"] + ["json_object"] * 12  # found out once
 
@@ -165,19 +165,19 @@ def test_json_is_asked_for_in_the_strictest_way_that_is_taken() -> None:
 def test_a_request_that_no_server_takes_is_tried_again_next_time() -> None:
     teacher = ScriptedTeacher(script=["400"] * 3)
     with serving(teacher) as url:
-        found = labels.label(recipe(url, count=3, in_flight=1))
+        found = labels.label_questions(recipe(url, count=3, in_flight=1))
         assert (found["accepted"], found["failed"]) == (2, 1)
         assert rejected()[0]["history"][0]["checks"] == ["no_reply"]
-        assert labels.label(recipe(url, count=3))["accepted"] == 3
+        assert labels.label_questions(recipe(url, count=3))["accepted"] == 3
     teacher = ScriptedTeacher(script=["400"] * 300)
     with serving(teacher) as url, pytest.raises(TeacherError, match="20 requests in a row were refused"):
-        labels.label(recipe(url, count=40, name="all"))
+        labels.label_questions(recipe(url, count=40, name="all"))
 
 
 def test_a_dead_endpoint_is_left_out_and_tried_again() -> None:
     good, bad = ScriptedTeacher(seconds=0.05), ScriptedTeacher(script=["500"] * 5)
     with serving(good) as one, serving(bad) as two:
-        found = labels.label(recipe(one, two, "http://127.0.0.1:9/v1", count=150))
+        found = labels.label_questions(recipe(one, two, "http://127.0.0.1:9/v1", count=150))
     assert found["accepted"] == 150
     assert 5 < bad.asked.total() < 150  # it came back
     assert good.paid.total() + bad.paid.total() == 150
@@ -188,18 +188,18 @@ def test_the_circuit_opens_when_everything_fails() -> None:
     with serving(teacher) as url:
         settings = recipe(url, **{"teacher.patience": 0.5})
         with pytest.raises(TeacherError, match=r"no reply for 0.5 s from any of 1 endpoints.*internal error"):
-            labels.label(settings)
+            labels.label_questions(settings)
         assert teacher.asked.total() < 60  # it does not hammer
         assert len(read_traces("labels/q-train/traces.jsonl")) == 3
         teacher.script.clear()
-        assert labels.label(settings)["accepted"] == 12
+        assert labels.label_questions(settings)["accepted"] == 12
 
 
 def test_a_slow_reply_is_given_up_and_asked_for_again() -> None:
     teacher = ScriptedTeacher(script=["slow"], slow_seconds=3.0)
     with serving(teacher) as url:
         start = time.monotonic()
-        assert labels.label(recipe(url, count=2, **{"teacher.timeout": 0.5}))["accepted"] == 2
+        assert labels.label_questions(recipe(url, count=2, **{"teacher.timeout": 0.5}))["accepted"] == 2
     assert time.monotonic() - start < 3.0
 
 
@@ -209,15 +209,15 @@ def test_limits_a_minute_are_kept() -> None:
         settings = recipe(url, count=12)
         settings.teacher.endpoints[0].requests_per_minute = 240  # four a second, so that twelve take two
         start = time.monotonic()
-        labels.label(settings)
+        labels.label_questions(settings)
         assert 1.8 < time.monotonic() - start < 6
 
 
 def test_a_second_opinion_is_a_second_call() -> None:
     teacher = ScriptedTeacher()
     with serving(teacher) as url:
-        labels.label(recipe(url))
-        found = labels.label(recipe(url, sample=1))
+        labels.label_questions(recipe(url))
+        found = labels.label_questions(recipe(url, sample=1))
     assert found["this_run"]["replies"] == 12 and found["usage"]["replies"] == 24
     assert {trace.question.meta["label"]["sample"] for trace in read_traces("labels/q-train/traces.jsonl")} == {1}
 
@@ -225,8 +225,8 @@ def test_a_second_opinion_is_a_second_call() -> None:
 def test_changed_checks_judge_the_replies_that_are_there() -> None:
     teacher = ScriptedTeacher(script=["wrong_answer"] * 12)
     with serving(teacher) as url:
-        assert labels.label(recipe(url, attempts=1))["rejected"] == 12
-        found = labels.label(recipe(url, attempts=1, **{"checks.skip": ["answer"]}))
+        assert labels.label_questions(recipe(url, attempts=1))["rejected"] == 12
+        found = labels.label_questions(recipe(url, attempts=1, **{"checks.skip": ["answer"]}))
     assert found["accepted"] == 12 and found["this_run"]["replies"] == 0 and teacher.paid.total() == 12
 
 
@@ -238,7 +238,7 @@ def test_tag_labels_lines_that_are_there() -> None:
     )
     with serving(ScriptedTeacher()) as url:
         for name in ("cot", "text"):
-            labels.label(recipe(url, protocol="tag", task=f"{name}.jsonl", name=name))
+            labels.label_questions(recipe(url, protocol="tag", task=f"{name}.jsonl", name=name))
             for trace in read_traces(f"labels/{name}/traces.jsonl"):
                 assert [step.text for step in trace.steps] == [step.text for step in steps]
                 assert [step.kinds for step in trace.steps] == [("memory",), ("reason",)]
@@ -246,7 +246,7 @@ def test_tag_labels_lines_that_are_there() -> None:
 
 def test_shards_part_the_questions_and_merge() -> None:
     with serving(ScriptedTeacher()) as url:
-        counts = [labels.label(recipe(url, count=30, shard=f"{k}/3"))["accepted"] for k in (1, 2, 3)]
+        counts = [labels.label_questions(recipe(url, count=30, shard=f"{k}/3"))["accepted"] for k in (1, 2, 3)]
         assert sum(counts) == 30 and min(counts) > 2
         journals = sorted(Path("labels/q-train").glob("journal-*.sqlite"))
         found = labels.merge(recipe(url, count=30), journals)
@@ -260,7 +260,7 @@ def test_estimates_keep_what_they_paid_for() -> None:
         settings = recipe(url, count=50, **{"teacher.model": "gpt-4o"})
         found = labels.estimate_run(settings)
         assert found["sample"] == 10 and found["replies"] == 50 and found["accepted"] == 1.0
-        usage = labels.label(settings)["usage"]
+        usage = labels.label_questions(settings)["usage"]
     assert teacher.paid.total() == 50
     assert found["dollars"] == pytest.approx(
         2.5e-6 * usage["prompt_tokens"] + 1e-5 * usage["completion_tokens"], rel=0.05
@@ -305,10 +305,10 @@ def _answer_batch(teacher: ScriptedTeacher, asked: Path, out: Path, errors: int 
 
 def test_a_folder_belongs_to_one_task() -> None:
     with serving(ScriptedTeacher()) as url:
-        labels.label(recipe(url, name="mine"))
+        labels.label_questions(recipe(url, name="mine"))
         write_traces("other.jsonl", read_traces("q.jsonl"))
         with pytest.raises(RecipeError, match=r"holds labels of q\.jsonl/train"):
-            labels.label(recipe(url, name="mine", task="other.jsonl"))
+            labels.label_questions(recipe(url, name="mine", task="other.jsonl"))
 
 
 COMMAND = [sys.executable, "-m", "memreason", "label", "--task", "q.jsonl", "--protocol", "plan+fill", "--teacher", "s"]
@@ -362,7 +362,7 @@ def test_two_processes_share_the_work() -> None:
 
 def test_a_labelled_file_goes_straight_into_training() -> None:
     with serving(ScriptedTeacher()) as url:
-        traces = labels.label(recipe(url, count=24))["traces"]
+        traces = labels.label_questions(recipe(url, count=24))["traces"]
     run = pipeline.train(tiny_recipe(Path(), save_base(Path("base")), **{"data.paths": [traces]}))
     assert (run / "manifest.json").is_file()
 
@@ -373,14 +373,14 @@ def test_the_model_to_be_trained_labels_for_itself(tmp_path: Path) -> None:
     run = pipeline.train(tiny_recipe(tmp_path, base, **{"train.max_steps": 40, "method.name": "full"}))
     shared: dict[str, Any] = {"protocol": "self", "teacher.max_tokens": 24, "attempts": 1}
     for name, model in (("run", run), ("base", base)):
-        found = labels.label(recipe(count=5, name=name, **shared, **{"teacher.model": str(model)}))
+        found = labels.label_questions(recipe(count=5, name=name, **shared, **{"teacher.model": str(model)}))
         assert found["usage"]["replies"] == 5
         assert found["accepted"] + found["rejected"] == 5
         replies = [line["content"] for line in _exported(name, shared, str(model))]
         assert len(replies) == 5
         assert any(reply.startswith("Memory: ") for reply in replies) == (name == "run")  # it learnt to
     with pytest.raises(RecipeError, match="--protocol self"):
-        labels.label(recipe(count=2, name="no", **{"teacher.model": str(run), "teacher.local": True}))
+        labels.label_questions(recipe(count=2, name="no", **{"teacher.model": str(run), "teacher.local": True}))
 
 
 def _exported(name: str, shared: dict[str, Any], model: str) -> list[Any]:

@@ -157,7 +157,7 @@ def test_a_real_server_with_a_real_model(monkeypatch: pytest.MonkeyPatch) -> Non
         endpoint = {"base_url": url, "in_flight": 2}
         teacher = {"model": model, "endpoints": [endpoint], "max_tokens": 256, "timeout": 900, "local": False}
         recipe = load_label_recipe(None, {"task": "q.jsonl", "protocol": "self", "attempts": 1, "teacher": teacher})
-        found = labels.label(recipe)
+        found = labels.label_questions(recipe)
     print({name: found[name] for name in ("questions", "accepted", "rejected", "checks", "usage")})
     assert found["accepted"] + found["rejected"] == found["questions"] == 50 and found["failed"] == 0
     assert found["usage"]["replies"] == 50 and found["usage"]["completion_tokens"] > 0

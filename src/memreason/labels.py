@@ -31,12 +31,12 @@ if sys.platform == "win32":
 else:
     from uvloop import run as run_loop  # a quarter more requests a second
 
-__all__ = ["batch", "estimate_run", "export", "label", "merge"]
+__all__ = ["batch", "estimate_run", "export", "label_questions", "merge"]
 
 SAMPLE = 10  # questions of an estimate
 
 
-def label(recipe: LabelRecipe, *, teacher: Teacher | None = None) -> dict[str, Any]:
+def label_questions(recipe: LabelRecipe, *, teacher: Teacher | None = None) -> dict[str, Any]:
     """Label the questions of a recipe and return the summary. Running it again goes on where it was.
 
     `teacher` is one of your own; else the recipe's endpoints, or its model in our engine. Also after an error or

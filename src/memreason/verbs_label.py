@@ -42,7 +42,7 @@ def _label(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
     elif arguments.export:
         print(f"{arguments.export}: {labels.export(recipe, arguments.export)} replies")
     else:
-        print_labels(labels.label(recipe))
+        print_labels(labels.label_questions(recipe))
 
 
 def _endpoints(arguments: argparse.Namespace) -> list[tuple[str, Any]]:
