@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from memreason.core.errors import DataError, RecipeError
+from memreason.core.errors import DataError, RecipeError, StorageError
 from memreason.core.labelling import ChecksRecipe, LabelRecipe, TeacherRecipe, load_label_recipe
 from memreason.core.trace import Question, Step, Trace
 from memreason.label.checks import CHECKS, Draft, problems, problems_of
@@ -301,6 +301,18 @@ def test_journal_claims_replies_and_outcomes(tmp_path: Path) -> None:
     assert [line["content"] for line in one.export()] == ["text"]
     one.close()
     assert not list(tmp_path.glob(".*.lock"))
+
+
+def test_a_full_disk_loses_no_reply(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "journal.sqlite", "a")
+    journal.keep("k", "q", "single", 0, "m", Reply("text"))
+    journal.base.execute("pragma max_page_count = 12")
+    with pytest.raises(StorageError, match=r"journal\.sqlite: cannot be written .*full"):
+        journal.keep("large", "q", "single", 0, "m", Reply("x" * 100_000))
+    assert journal.find("k") == Reply("text") and journal.find("large") is None
+    journal.base.execute("pragma max_page_count = 1000")
+    journal.keep("large", "q", "single", 0, "m", Reply("x" * 100_000))
+    journal.close()
 
 
 def test_journals_merge(tmp_path: Path) -> None:

@@ -213,6 +213,15 @@ def test_limits_a_minute_are_kept() -> None:
         assert 1.8 < time.monotonic() - start < 6
 
 
+def test_tokens_a_minute_are_kept() -> None:
+    with serving(ScriptedTeacher()) as url:
+        settings = recipe(url, count=12)
+        settings.teacher.endpoints[0].tokens_per_minute = 240_000  # four thousand a second, twice that are asked for
+        start = time.monotonic()
+        labels.label_questions(settings)
+        assert 0.5 < time.monotonic() - start < 6
+
+
 def test_a_second_opinion_is_a_second_call() -> None:
     teacher = ScriptedTeacher()
     with serving(teacher) as url:
