@@ -297,6 +297,7 @@ def test_journal_claims_replies_and_outcomes(tmp_path: Path) -> None:
     two.close()
     assert one.claim(["q3"]) == {"q3"}
     usage = {"replies": 1, "prompt_tokens": 3, "completion_tokens": 0, "seconds": 0.0}
+    usage |= {"batch_prompt_tokens": 0, "batch_completion_tokens": 0}
     assert one.usage() == one.usage(["q1"]) == usage
     assert [line["content"] for line in one.export()] == ["text"]
     one.close()

@@ -278,7 +278,7 @@ def test_estimates_keep_what_they_paid_for() -> None:
 
 def test_batches_go_round_until_nothing_is_open() -> None:
     """What a user does with OpenAI's Batch: upload, wait, download, run the same command again."""
-    settings, teacher = recipe("http://127.0.0.1:9/v1", protocol="plan+fill"), ScriptedTeacher()
+    settings, teacher = recipe(protocol="plan+fill", **{"teacher.model": "gpt-4o"}), ScriptedTeacher()
     folder = Path("batches")
     report, _ = labels.batch(settings, folder)
     assert (report.written, [path.name for path in report.files]) == (12, ["requests-1.jsonl"])
@@ -297,6 +297,8 @@ def test_batches_go_round_until_nothing_is_open() -> None:
     report, found = labels.batch(settings, folder)
     assert (report.settled, report.written, found["accepted"]) == (2, 0, 12)
     assert set(teacher.paid.values()) == {1}
+    usage = found["usage"]
+    assert found["dollars"] == pytest.approx(1.25e-6 * usage["prompt_tokens"] + 5e-6 * usage["completion_tokens"])
 
 
 def _answer_batch(teacher: ScriptedTeacher, asked: Path, out: Path, errors: int = 0) -> None:

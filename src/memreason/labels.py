@@ -21,7 +21,7 @@ from memreason.data.mix import subset
 from memreason.data.tasks import load_eval
 from memreason.label.batch import BatchReport, exchange
 from memreason.label.journal import Journal
-from memreason.label.prices import Price, estimate, price_of
+from memreason.label.prices import Price, estimate, price_of, spent
 from memreason.label.run import Job, Tally, label_all
 from memreason.label.teacher import OpenAITeacher, Teacher
 from memreason.measure.score import score_trace
@@ -192,7 +192,7 @@ def _summary(
     summary = {
         **written,
         "usage": usage,
-        "dollars": price and price.of(usage["prompt_tokens"], usage["completion_tokens"]),
+        "dollars": price and spent(price, usage),
         "this_run": {"replies": tally.replies, "done": tally.done} if tally else None,
         "labelling": journal.labelling,
         "version": __version__,

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import argparse
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from memreason.core.errors import RecipeError
+from memreason.core.trace import Trace
 
 __all__ = ["DATA"]
 
@@ -50,6 +54,61 @@ def _data_atlas(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
     for row in atlas_table(traces):
         print(f"{row['form']:24}{row['hops']:4}{row['n']:6}{row['chance']:8.2f}{row['majority']:10.2f}")
     print(f"{arguments.out}: {len(traces)} traces")
+
+
+def _data_audit(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
+    from memreason.core.files import write_json, write_text
+    from memreason.measure.agreement import agreement
+    from memreason.measure.audit import audit
+    from memreason.report.audit import page, print_audit
+    from memreason.report.console import figures
+
+    out, figures_out = _audit_files(arguments)
+    traces, imported = _labelled(arguments.file, arguments.task)
+    held_out = _labelled(arguments.test, arguments.task)[0] if arguments.test else []
+    other = _labelled(arguments.against, arguments.task)[0] if arguments.against else []
+    findings = {"file": arguments.file.name, "imported": imported, **audit(traces, held_out)}
+    if held_out:
+        findings["held_out"] = arguments.test.name
+    if other:
+        findings["agreement"] = {"file": arguments.against.name, **agreement(traces, other)}
+    write_json(figures_out, findings)
+    write_text(out, page(findings))
+    print_audit(findings)
+    figures("where it lies", [("page", str(out)), ("all findings", str(figures_out))])
+
+
+def _audit_files(arguments: argparse.Namespace) -> tuple[Path, Path]:
+    """Where the page and the findings go. Raises RecipeError if one of them would replace what is read."""
+    out = arguments.out or Path(f"{arguments.file.stem}.audit.html")
+    stem = out.name.removesuffix(".html").removesuffix(".audit")
+    found = out.with_name(f"{stem}.audit.json")
+    for path in (arguments.file, arguments.test, arguments.against):
+        if path and path.resolve() in (out.resolve(), found.resolve()):
+            raise RecipeError(f"--out: {path} would be written over; give another name", "data audit")
+    return out, found
+
+
+def _labelled(path: Path, task: str | None) -> tuple[list[Trace], dict[str, Any] | None]:
+    """A labelled file, and of a published one what reading it left out."""
+    from memreason.core.files import read_traces
+    from memreason.data.published import import_published
+    from memreason.data.tasks import task_named
+
+    if path.suffix.lower() != ".json":
+        return read_traces(path), None
+    if task is None:
+        raise RecipeError(f"{path} is a published file: say which task it belongs to with --task", "data audit")
+    task_named(task)
+    traces, report = import_published(path, task)
+    return traces, {
+        "read": report.read,
+        "kept": report.kept,
+        "empty": len(report.empty),
+        "unknown": len(report.unknown),
+        "rejected": dict(Counter(reason for _, reason in report.rejected)),
+        "labels": [{"label": raw, "kind": report.kinds[raw], "count": n} for raw, n in report.labels.most_common()],
+    }
 
 
 def _models_list(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
@@ -101,6 +160,17 @@ DATA: dict[str, tuple[Any, ...]] = {
             "--seed": {"type": int, "default": 0, "help": "which questions are drawn"},
             "--hops": {"type": int, "nargs": "+", "help": "how many lines must be combined, 1 to 4"},
             "--obscurity": {"type": float, "nargs": 2, "metavar": ("LOW", "HIGH"), "help": "population rank, 0 to 1"},
+        },
+    ),
+    "data audit": (
+        _data_audit,
+        "what to know before training on a labelled file: one page",
+        {
+            "file": {"type": Path, "help": ".jsonl file of traces, or a published .json file"},
+            "--task": {"help": "task that published files belong to"},
+            "--test": {"type": Path, "metavar": "FILE", "help": "held-out questions that must not stand in it"},
+            "--against": {"type": Path, "metavar": "FILE", "help": "the same questions, labelled a second time"},
+            "--out": {"type": Path, "metavar": "PAGE", "help": "page to write (default: FILE's name with .audit.html)"},
         },
     ),
     "models list": (_models_list, "built-in models", {}),

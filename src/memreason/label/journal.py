@@ -40,6 +40,14 @@ create table if not exists batched (
 create table if not exists results_read (hash text primary key) without rowid;
 create index if not exists replies_question on replies (question);
 """
+USAGE = {
+    "replies": "1",
+    "prompt_tokens": "prompt_tokens",
+    "completion_tokens": "completion_tokens",
+    "batch_prompt_tokens": "prompt_tokens * (endpoint = 'batch')",
+    "batch_completion_tokens": "completion_tokens * (endpoint = 'batch')",
+    "seconds": "seconds",
+}
 CLAIM = """
 insert or ignore into claims select ?, ?, ? where not exists (
   select 1 from outcomes where labelling = ? and question = ? and status != 'failed'
@@ -135,18 +143,12 @@ class Journal:
         return row and (row[0], row[1] and json.loads(row[1]), json.loads(row[2]))
 
     def usage(self, questions: Iterable[str] | None = None) -> dict[str, Any]:
-        """Replies, tokens and seconds of waiting; of all questions, or of those named."""
-        what = "count(*), total(prompt_tokens), total(completion_tokens), total(seconds)"
-        if questions is None:
-            rows = [self.base.execute(f"select {what} from replies").fetchone()]
-        else:
-            rows = [
-                self.base.execute(f"select {what} from replies where question = ?", (one,)).fetchone()
-                for one in questions
-            ]
-        sums = [sum(column) for column in zip(*rows, strict=True)] or [0, 0, 0, 0]
-        names = ("replies", "prompt_tokens", "completion_tokens")
-        return {name: int(value) for name, value in zip(names, sums, strict=False)} | {"seconds": sums[3]}
+        """Replies, tokens (those of batches apart as well) and seconds of waiting; of all questions, or those named."""
+        sums = ", ".join(f"total({what}) as {name}" for name, what in USAGE.items())
+        wheres = [("", ())] if questions is None else [("where question = ?", (one,)) for one in questions]
+        rows = [self.base.execute(f"select {sums} from replies {where}", values).fetchone() for where, values in wheres]
+        found = {name: sum(column) for name, column in zip(USAGE, zip(*rows, strict=True), strict=True)}
+        return {name: round(value, 3) if name == "seconds" else int(value) for name, value in found.items()}
 
     def batched(self) -> dict[str, tuple[str, tuple[Any, ...]]]:
         """Requests that stand in a batch file: key -> (file, (question, purpose, sample, model))."""

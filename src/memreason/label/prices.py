@@ -10,7 +10,7 @@ import yaml
 from memreason.core.errors import RecipeError
 from memreason.core.labelling import TeacherRecipe
 
-__all__ = ["BATCH_SHARE", "Price", "estimate", "money", "price_of"]
+__all__ = ["BATCH_SHARE", "Price", "estimate", "money", "price_of", "spent"]
 
 SHIPPED = Path(__file__).with_name("prices.yaml")
 BATCH_SHARE = 0.5  # of the price, for requests of a batch file
@@ -48,6 +48,12 @@ def _read(path: Path) -> dict[str, Price]:
 
 def money(price: Price | None, prompt_tokens: float, completion_tokens: float) -> str:
     return f"${price.of(prompt_tokens, completion_tokens):,.2f}" if price else "price unknown"
+
+
+def spent(price: Price, usage: dict[str, Any]) -> float:
+    """Dollars for what a journal holds."""
+    batch = price.of(usage["batch_prompt_tokens"], usage["batch_completion_tokens"])
+    return price.of(usage["prompt_tokens"], usage["completion_tokens"]) - (1 - BATCH_SHARE) * batch
 
 
 def estimate(
