@@ -195,6 +195,12 @@ def test_the_circuit_opens_when_everything_fails() -> None:
         assert labels.label_questions(settings)["accepted"] == 12
 
 
+def test_a_wrong_address_is_told_soon() -> None:
+    with pytest.raises(TeacherError, match=r"no reply for 0.2 s.*no connection .*127\.0\.0\.1"):
+        labels.label_questions(recipe("http://127.0.0.1:9/v1", **{"teacher.patience": 0.2}))
+    assert rejected() == []
+
+
 def test_a_slow_reply_is_given_up_and_asked_for_again() -> None:
     teacher = ScriptedTeacher(script=["slow"], slow_seconds=3.0)
     with serving(teacher) as url:

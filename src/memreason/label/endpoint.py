@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from typing import Any
@@ -16,6 +17,7 @@ from memreason.label.request import Reply, Request
 
 __all__ = ["Again", "Endpoint", "NoReply", "chat_format", "reply_of"]
 
+log = logging.getLogger(__name__)
 OPENAI = "api.openai.com"
 FAILURES = 5  # in a row, until an endpoint rests
 LONGEST_REST = 30.0
@@ -133,16 +135,20 @@ class Endpoint:
     def _failed(self, said: str, after: float | None = None) -> Again:
         self.failures += 1
         if self.failures >= FAILURES:
+            if self.failures == FAILURES:
+                log.warning("%s rests after %d failures in a row: %s", self.recipe.base_url, FAILURES, said)
             self.rest(min(LONGEST_REST, 2.0 ** (self.failures - FAILURES)))
         return Again(f"{self.recipe.base_url}: {said}", after)
 
     def hide(self, error: Exception) -> str:
         """An error's text, without the key: some servers send it back."""
         text = " ".join(str(error).split())
-        if isinstance(error, openai.APITimeoutError):
+        if isinstance(error.__cause__, httpx2.ConnectTimeout | httpx2.ConnectError):
+            text = f"no connection ({error.__cause__})"
+        elif isinstance(error, openai.APITimeoutError):
             text = f"no reply in {self.teacher.timeout:g} s (if it is only slow: --teacher.timeout, --in-flight)"
         elif isinstance(error, openai.APIConnectionError):
-            text = f"no connection ({error.__cause__ or text})"
+            text = f"the connection broke ({error.__cause__ or text})"
         return (text.replace(self.key, "***") if self.key else text)[:300]
 
 

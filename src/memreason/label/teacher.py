@@ -16,6 +16,7 @@ from memreason.label.request import Reply, Request
 __all__ = ["OpenAITeacher", "Teacher"]
 
 REFUSED = 20  # requests in a row that no server takes, until the run stops: then it is not the question's fault
+NEVER = 15.0  # seconds of failures until the run stops, if there never was a reply: then the address is wrong
 BACKOFF = tenacity.wait_exponential_jitter(initial=0.5, max=30)
 
 
@@ -45,6 +46,7 @@ class OpenAITeacher:
                 if turn < endpoint.recipe.in_flight:
                     self.slots.put_nowait(endpoint)
         self.failing_since: float | None = None
+        self.replied = False
         self.refused = 0
 
     async def ask(self, request: Request) -> Reply:
@@ -74,7 +76,7 @@ class OpenAITeacher:
             raise
         finally:
             self.slots.put_nowait(endpoint)
-        self.failing_since, self.refused = None, 0
+        self.failing_since, self.refused, self.replied = None, 0, True
         return reply
 
     async def _take(self) -> Endpoint:
@@ -89,9 +91,10 @@ class OpenAITeacher:
     def _impatient(self, error: Again) -> None:
         now = time.monotonic()
         self.failing_since = self.failing_since or now
-        if now - self.failing_since > self.recipe.patience:
+        patience = self.recipe.patience if self.replied else min(NEVER, self.recipe.patience)
+        if now - self.failing_since > patience:
             raise TeacherError(
-                f"no reply for {self.recipe.patience:g} s from any of {len(self.endpoints)} endpoints. "
+                f"no reply for {patience:g} s from any of {len(self.endpoints)} endpoints. "
                 f"The last error: {error}. What was labelled is kept; run the same command again."
             ) from error
 
