@@ -72,8 +72,8 @@ def _data_audit(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
         findings["held_out"] = arguments.test.name
     if other:
         findings["agreement"] = {"file": arguments.against.name, **agreement(traces, other)}
-    write_json(figures_out, findings)
     write_text(out, page(findings))
+    write_json(figures_out, findings)
     print_audit(findings)
     figures("where it lies", [("page", str(out)), ("all findings", str(figures_out))])
 

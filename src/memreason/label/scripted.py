@@ -6,16 +6,17 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
 import hashlib
 import json
 import re
 import threading
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+
+from aiohttp import web
 
 from memreason.core.labelling import TeacherRecipe
 from memreason.label.endpoint import NoReply, reply_of
@@ -166,63 +167,64 @@ class ScriptedTeacher:
         return None
 
 
-class _Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-    teacher: ScriptedTeacher
+class _Server:
+    """The HTTP side of a scripted teacher."""
 
-    def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        if self.teacher.key and self.headers["Authorization"] != f"Bearer {self.teacher.key}":
-            said = f"Incorrect API key provided: {self.headers['Authorization']}"  # as careless servers do
-            return self._send(401, {"error": {"message": said}})
-        (status, made), seconds = self.teacher.reply(body)
-        time.sleep(seconds)
-        return self._send(status, made)
+    def __init__(self, teacher: ScriptedTeacher) -> None:
+        self.teacher = teacher
 
-    def do_GET(self) -> None:
-        """Counts of completions: how many in all, and the most that one body got."""
-        paid = self.teacher.paid
-        self._send(200, {"paid": paid.total(), "most": max(paid.values(), default=0)})
-
-    def _send(self, status: int, made: Body) -> None:
-        data = json.dumps(made).encode()
-        self.send_response(status or 200)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(data)))
-        if status == 429 and self.teacher.retry_after is not None:
-            self.send_header("Retry-After", f"{self.teacher.retry_after:g}")
-        self.end_headers()
-        try:
-            self.wfile.write(data if status else data[: len(data) // 2])
-        except OSError:  # the client was killed meanwhile
-            self.close_connection = True
+    async def complete(self, request: web.Request) -> web.StreamResponse:
+        said = request.headers.get("Authorization")
+        if self.teacher.key and said != f"Bearer {self.teacher.key}":  # careless servers send it back
+            return web.json_response({"error": {"message": f"Incorrect API key provided: {said}"}}, status=401)
+        (status, made), seconds = self.teacher.reply(await request.json())
+        await asyncio.sleep(seconds)
         if not status:
-            self.close_connection = True
+            return await _cut(request, json.dumps(made).encode())
+        after = self.teacher.retry_after if status == 429 else None
+        headers = {} if after is None else {"Retry-After": f"{after:g}"}
+        return web.json_response(made, status=status, headers=headers)
 
-    def log_message(self, format: str, *args: Any) -> None:
-        """Nothing: what was asked stands in the teacher's counters."""
+    async def counts(self, _: web.Request) -> web.Response:
+        """Completions in all, and the most that one body got."""
+        paid = self.teacher.paid
+        return web.json_response({"paid": paid.total(), "most": max(paid.values(), default=0)})
 
 
-class _Server(ThreadingHTTPServer):
-    daemon_threads = True
-    request_queue_size = 256
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that goes away is no error here."""
+async def _cut(request: web.Request, data: bytes) -> web.StreamResponse:
+    """Half of a reply, then the connection ends."""
+    response = web.StreamResponse(headers={"Content-Length": str(len(data))})
+    await response.prepare(request)
+    await response.write(data[: len(data) // 2])
+    if request.transport is not None:
+        request.transport.close()
+    return response
 
 
 @contextmanager
 def serving(teacher: ScriptedTeacher, port: int = 0) -> Iterator[str]:
-    """Serve on loopback for the time of the block; gives the base URL."""
-    server = _Server(("127.0.0.1", port), type("Handler", (_Handler,), {"teacher": teacher}))
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
+    """Serve on loopback, in a thread, for the time of the block; gives the base URL."""
+    server, loop = _Server(teacher), asyncio.new_event_loop()
+    routes = [web.post("/v1/chat/completions", server.complete), web.get("/counts", server.counts)]
+    app = web.Application()
+    app.add_routes(routes)
+    runner = web.AppRunner(app, access_log=None, handler_cancellation=True, shutdown_timeout=0.1)
+
+    async def start() -> int:
+        await runner.setup()
+        site = web.TCPSite(runner, "127.0.0.1", port)
+        await site.start()
+        return int(runner.addresses[0][1])
+
+    thread = threading.Thread(target=loop.run_forever, daemon=True)
     thread.start()
     try:
-        yield f"http://127.0.0.1:{server.server_port}/v1"
+        yield f"http://127.0.0.1:{asyncio.run_coroutine_threadsafe(start(), loop).result()}/v1"
     finally:
-        server.shutdown()
-        server.server_close()
+        asyncio.run_coroutine_threadsafe(runner.cleanup(), loop).result()
+        loop.call_soon_threadsafe(loop.stop)
         thread.join()
+        loop.close()
 
 
 def main() -> None:
