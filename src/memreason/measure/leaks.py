@@ -17,7 +17,7 @@ __all__ = ["leakage", "near_pairs", "shingles", "words"]
 
 NEAR = 0.8  # Jaccard likeness from which two questions are nearly the same
 RUN = 2  # words of a shingle
-ENOUGH = 3  # rare members in common that make two sets worth a comparison: one lets too many pass, ten find too few
+ENOUGH = 3  # rare members in common before two sets are compared: with 1, all questions of one template would be
 UNSPACED = "\u3040-\u30ff\u3400-\u9fff\u0e00-\u0e7f"  # written without spaces: there every sign counts as a word
 WORD = re.compile(rf"[{UNSPACED}]|[^\W{UNSPACED}]+(?:['’.,-]\w+)*")
 
@@ -48,8 +48,8 @@ def near_pairs(
     rank = {member: place for place, member in enumerate(sorted(counts, key=lambda member: (counts[member], member)))}
     ranked = [sorted(rank[member] for member in members) for members in second]
     lists: dict[int, list[int]] = defaultdict(list)
-    for place, members in enumerate(ranked):
-        for member in members[: _prefix(len(members), least)]:
+    for place, own in enumerate(ranked):
+        for member in own[: _prefix(len(own), least)]:
             lists[member].append(place)
     index = {member: np.array(places) for member, places in lists.items()}
     sets = [frozenset(members) for members in ranked]
@@ -85,7 +85,8 @@ def leakage(traces: Sequence[Trace], held_out: Sequence[Trace] = ()) -> list[dic
     """One finding for each pair of splits in the file, and one against `held_out`.
 
     Each holds `between`, `sizes`, and the pairs that are `same` (to the leak guard) and `near` (likeness 0.8 or
-    more). Against `held_out` stand the training traces, or all where the file has none. Traces count from 1.
+    more), a question of the first set standing in one pair, with what is most like it. Against `held_out` stand the
+    training traces, or all where the file has none. Traces count from 1.
     """
     rows = list(enumerate(traces, 1))
     splits: dict[str, list[tuple[int, Trace]]] = {}
@@ -99,7 +100,7 @@ def leakage(traces: Sequence[Trace], held_out: Sequence[Trace] = ()) -> list[dic
     ]
     if held_out:
         train = [row for row in rows if row[1].question.split in ("", "train")] or rows
-        found.append(_compare(train, list(enumerate(held_out, 1)), ("file", "held out")))
+        found.append(_compare(train, list(enumerate(held_out, 1)), ("this file", "the held-out file")))
     return found
 
 
@@ -114,7 +115,8 @@ def _compare(
         [shingles(first[places[0]][1].question) for places in rest],
         [shingles(second[place][1].question) for place in others],
     )
-    near = [(place, others[other], likeness) for one, other, likeness in alike for place in rest[one]]
+    nearest = {one: (others[other], likeness) for one, other, likeness in sorted(alike, key=lambda pair: pair[2])}
+    near = [(place, *pair) for one, pair in nearest.items() for place in rest[one]]
 
     def told(pairs: list[tuple[int, int, float]]) -> list[dict[str, Any]]:
         return [

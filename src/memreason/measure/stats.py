@@ -1,4 +1,4 @@
-"""Intervals and paired tests."""
+"""Intervals, paired tests, agreement."""
 
 from __future__ import annotations
 
@@ -13,7 +13,15 @@ import numpy as np
 from memreason.core.trace import Trace
 from memreason.measure.score import Score, chance, majority
 
-__all__ = ["cluster_bootstrap", "mcnemar_exact", "paired_bootstrap", "summarise", "wilson"]
+__all__ = [
+    "cluster_bootstrap",
+    "cohens_kappa",
+    "kappa_bootstrap",
+    "mcnemar_exact",
+    "paired_bootstrap",
+    "summarise",
+    "wilson",
+]
 
 CELLS = 1 << 22  # draws held at a time: 32 MB
 
@@ -95,6 +103,63 @@ def paired_bootstrap(
     _paired(a, b, "the same questions")
     difference = [float(x) - float(y) for x, y in zip(a, b, strict=True)]
     return cluster_bootstrap(difference, groups, samples=samples, seed=seed, confidence=confidence)
+
+
+def cohens_kappa(pairs: Sequence[tuple[Hashable, Hashable]]) -> float:
+    """Agreement of two labellers beyond chance: (observed - expected) / (1 - expected) (Cohen 1960, EPM 20:37).
+
+    nan where chance alone makes them agree, both having used one and the same class, or where there are no pairs:
+    1.0 would praise labels that nothing was asked of.
+    """
+    return float(_kappa(_tables(pairs, [0] * len(pairs)).sum(axis=0)))
+
+
+def kappa_bootstrap(
+    pairs: Sequence[tuple[Hashable, Hashable]],
+    groups: Sequence[Hashable],
+    *,
+    samples: int = 10_000,
+    seed: int = 0,
+    confidence: float = 0.95,
+) -> tuple[float, float, float]:
+    """(kappa, low, high): a percentile interval, whole groups drawn with replacement.
+
+    Draws without a kappa, because they hold one class only, are left out; all three are nan where the pairs have none.
+    """
+    _paired(pairs, groups, "pairs and groups")
+    tables = _tables(pairs, groups)
+    kappa = float(_kappa(tables.sum(axis=0)))
+    if math.isnan(kappa):
+        return kappa, kappa, kappa
+    n, random = len(tables), np.random.default_rng(seed)
+    step = max(1, CELLS // n)
+    drawn = [
+        _kappa(np.tensordot(random.multinomial(n, [1 / n] * n, size=min(step, samples - start)), tables, 1))
+        for start in range(0, samples, step)
+    ]
+    low, high = np.nanquantile(np.concatenate(drawn), [0.5 - confidence / 2, 0.5 + confidence / 2])
+    return kappa, float(low), float(high)
+
+
+def _tables(pairs: Sequence[tuple[Hashable, Hashable]], groups: Sequence[Hashable]) -> Any:
+    """How often each pair of classes stands in each group: [groups, classes, classes]."""
+    classes: dict[Hashable, int] = {}
+    cells = [tuple(classes.setdefault(one, len(classes)) for one in pair) for pair in pairs]
+    place: dict[Hashable, int] = {}
+    rows = [place.setdefault(group, len(place)) for group in groups]
+    tables = np.zeros((len(place), len(classes), len(classes)))
+    for row, cell in zip(rows, cells, strict=True):
+        tables[(row, *cell)] += 1
+    return tables
+
+
+def _kappa(tables: Any) -> Any:
+    """Kappa of each table of counts [..., classes, classes]; nan where it is 0 / 0."""
+    n = tables.sum(axis=(-2, -1))
+    agreed = tables.trace(axis1=-2, axis2=-1) * n
+    expected = (tables.sum(axis=-1) * tables.sum(axis=-2)).sum(axis=-1)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return (agreed - expected) / (n * n - expected)  # in whole counts: 1 - expected would not be exactly 0
 
 
 def summarise(scored: Sequence[tuple[Trace, Score]]) -> dict[str, Any]:
