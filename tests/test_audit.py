@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from memreason.cli import main
-from memreason.core.files import read_json, write_traces
+from memreason.core.files import read_json, read_traces, write_traces
 from memreason.core.trace import Question, Step, Trace
+from memreason.label.scripted import ScriptedTeacher, serving
 from memreason.measure.agreement import agreement, gold
 from memreason.measure.audit import audit
 from memreason.measure.leaks import leakage, near_pairs, shingles, words
@@ -446,3 +447,16 @@ def test_broken_files_give_one_error(here: Path, text: str, capsys: pytest.Captu
     assert capsys.readouterr().err.startswith("error: my.jsonl")
     assert main(["data", "audit", "missing.jsonl"]) == 2
     assert not list(here.glob("*.html"))
+
+
+def test_a_teacher_sorts_a_sample_anew(here: Path, traces: list[Trace], capsys: pytest.CaptureFixture[str]) -> None:
+    write_traces("t.jsonl", traces)
+    with serving(ScriptedTeacher()) as url:
+        assert main(["data", "audit", "t.jsonl", "--teacher", "second", "--base-url", url, "-n", "3"]) == 0
+        assert main(["data", "audit", "t.jsonl", "--teacher", "second", "--against", "t.jsonl"]) == 2
+    assert "give one of them" in capsys.readouterr().err
+    found = read_json("t.audit.json")["agreement"]
+    assert (found["file"], found["questions"]) == ("second, a sample", 3)
+    second = read_traces("labels/audit-t/traces.jsonl")
+    assert {step.kinds for trace in second for step in trace.steps} <= {("memory",), ("reason",)}
+    assert [step.text for trace in second for step in trace.steps][:2] == [step.text for step in traces[0].steps][:2]

@@ -32,7 +32,7 @@ GOOD = json.dumps({"question": "q?", "answer": "a", "steps": [{"kinds": ["memory
     [
         (f"{GOOD}\n{{broken\n{GOOD}\n".encode(), r"own\.jsonl:2: not JSON"),
         (f'{GOOD}\n{{"question": "q"}}\n'.encode(), r"own\.jsonl:2: 'answer' must be a non-empty text, got None"),
-        (f'{GOOD}\n{{"question": "q", "answer": "a", "steps": ["s"]}}\n'.encode(), r"own\.jsonl:2: step 1 must be"),
+        (f'{GOOD}\n{{"question": "q", "answer": "a", "steps": [1]}}\n'.encode(), r"own\.jsonl:2: step 1 must be"),
         (b"", r"own\.jsonl: holds no traces"),
         (f"{GOOD}\n".encode() + b'{"question": "caf\xe9"}\n', r"own\.jsonl:2: not UTF-8 .* iconv"),
     ],

@@ -13,13 +13,14 @@ from typing import Any
 
 from memreason import __version__
 from memreason.core.errors import RecipeError
-from memreason.core.files import settings_hash, write_json, write_jsonl, write_text
+from memreason.core.files import read_traces, settings_hash, write_json, write_jsonl, write_text, write_traces
 from memreason.core.labelling import LabelRecipe, load_label_recipe
 from memreason.core.recipe import DataRecipe
 from memreason.core.trace import Question, Trace
 from memreason.data.mix import subset
 from memreason.data.tasks import load_eval
 from memreason.label.batch import BatchReport, exchange
+from memreason.label.checks import CHECKS
 from memreason.label.journal import Journal
 from memreason.label.prices import Price, estimate, price_of, spent
 from memreason.label.run import Job, Tally, label_all
@@ -31,7 +32,7 @@ if sys.platform == "win32":
 else:
     from uvloop import run as run_loop  # a quarter more requests a second
 
-__all__ = ["batch", "estimate_run", "export", "label_questions", "merge"]
+__all__ = ["batch", "estimate_run", "export", "label_questions", "merge", "retag"]
 
 SAMPLE = 10  # questions of an estimate
 
@@ -71,6 +72,18 @@ def batch(recipe: LabelRecipe, folder: Path | str) -> tuple[BatchReport, dict[st
     with _journal(recipe, job) as journal:
         report = exchange(folder, traces, job, journal)
         return report, _summary(recipe, journal, traces, _write(recipe, journal, traces))
+
+
+def retag(traces: Sequence[Trace], recipe: LabelRecipe) -> list[Trace]:
+    """A second opinion on the kinds of lines that are there: the traces with their texts and the teacher's kinds.
+
+    `recipe` names the teacher, how many traces are drawn (`n`), and the folder that keeps the replies.
+    """
+    asked = recipe.folder / "asked.jsonl"
+    write_traces(asked, [trace for trace in traces if trace.steps])
+    checks = recipe.checks.model_copy(update={"skip": list(CHECKS)})  # kinds are asked for, not judged
+    changes = {"task": str(asked), "protocol": "tag", "checks": checks, "output_dir": str(recipe.folder)}
+    return read_traces(label_questions(recipe.model_copy(update=changes))["traces"])
 
 
 def merge(recipe: LabelRecipe, journals: Sequence[Path | str]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import Any
 
 from memreason.core.errors import RecipeError
 from memreason.core.trace import Trace
+from memreason.verbs_label import TEACHER, teacher_fields
 
 __all__ = ["DATA"]
 
@@ -66,16 +67,32 @@ def _data_audit(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
     out, figures_out = _audit_files(arguments)
     traces, imported = _labelled(arguments.file, arguments.task)
     held_out = _labelled(arguments.test, arguments.task)[0] if arguments.test else []
-    other = _labelled(arguments.against, arguments.task)[0] if arguments.against else []
+    name, other = _second(arguments, traces)
     findings = {"file": arguments.file.name, "imported": imported, **audit(traces, held_out)}
     if held_out:
         findings["held_out"] = arguments.test.name
     if other:
-        findings["agreement"] = {"file": arguments.against.name, **agreement(traces, other)}
+        findings["agreement"] = {"file": name, **agreement(traces, other)}
     write_text(out, page(findings))
     write_json(figures_out, findings)
     print_audit(findings)
     figures("where it lies", [("page", str(out)), ("all findings", str(figures_out))])
+
+
+def _second(arguments: argparse.Namespace, traces: list[Trace]) -> tuple[str, list[Trace]]:
+    """The second labelling: a file, or a teacher's opinion on the kinds of a sample's lines."""
+    if arguments.against and arguments.teacher:
+        raise RecipeError("--against and --teacher: give one of them", "data audit")
+    if arguments.against:
+        return arguments.against.name, _labelled(arguments.against, arguments.task)[0]
+    if not arguments.teacher:
+        return "", []
+    from memreason.core.labelling import load_label_recipe
+    from memreason.labels import retag
+
+    shared = [("n", min(arguments.n, sum(bool(trace.steps) for trace in traces))), ("protocol", "tag")]
+    shared.append(("name", f"audit-{arguments.file.stem}"))
+    return f"{arguments.teacher}, a sample", retag(traces, load_label_recipe(None, shared + teacher_fields(arguments)))
 
 
 def _audit_files(arguments: argparse.Namespace) -> tuple[Path, Path]:
@@ -170,6 +187,8 @@ DATA: dict[str, tuple[Any, ...]] = {
             "--task": {"help": "task that published files belong to"},
             "--test": {"type": Path, "metavar": "FILE", "help": "held-out questions that must not stand in it"},
             "--against": {"type": Path, "metavar": "FILE", "help": "the same questions, labelled a second time"},
+            **TEACHER,
+            "-n": {"type": int, "default": 100, "help": "traces whose lines the teacher sorts anew (default: 100)"},
             "--out": {"type": Path, "metavar": "PAGE", "help": "page to write (default: FILE's name with .audit.html)"},
         },
     ),
