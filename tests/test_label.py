@@ -14,7 +14,7 @@ from memreason.core.errors import DataError, RecipeError, StorageError
 from memreason.core.labelling import ChecksRecipe, LabelRecipe, TeacherRecipe, load_label_recipe
 from memreason.core.trace import Question, Step, Trace
 from memreason.label.checks import CHECKS, Draft, problems, problems_of
-from memreason.label.journal import Journal
+from memreason.label.journal import Journal, Kept
 from memreason.label.outcome import Outcome, label_trace
 from memreason.label.prices import Price, estimate, price_of
 from memreason.label.prompting import Prompts
@@ -290,8 +290,8 @@ def test_journal_claims_replies_and_outcomes(tmp_path: Path) -> None:
     other = Journal(path, "b")  # another labelling
     assert other.claim(["q1"]) == {"q1"}
     other.close()
-    one.keep("k", "q1", "single", 0, "m", Reply("text", prompt_tokens=3))
-    two.keep("k", "q1", "single", 0, "m", Reply("later", prompt_tokens=5))
+    one.keep(Kept("k", "q1", "single", 0, "m", Reply("text", prompt_tokens=3)))
+    two.keep(Kept("k", "q1", "single", 0, "m", Reply("later", prompt_tokens=5)))
     assert one.find("k") == two.find("k") == Reply("text", prompt_tokens=3)
     assert two.find("other") is None
     two.close()
@@ -306,21 +306,21 @@ def test_journal_claims_replies_and_outcomes(tmp_path: Path) -> None:
 
 def test_a_full_disk_loses_no_reply(tmp_path: Path) -> None:
     journal = Journal(tmp_path / "journal.sqlite", "a")
-    journal.keep("k", "q", "single", 0, "m", Reply("text"))
+    journal.keep(Kept("k", "q", "single", 0, "m", Reply("text")))
     journal.base.execute("pragma max_page_count = 12")
     with pytest.raises(StorageError, match=r"journal\.sqlite: cannot be written .*full"):
-        journal.keep("large", "q", "single", 0, "m", Reply("x" * 100_000))
+        journal.keep(Kept("large", "q", "single", 0, "m", Reply("x" * 100_000)))
     assert journal.find("k") == Reply("text") and journal.find("large") is None
     journal.base.execute("pragma max_page_count = 1000")
-    journal.keep("large", "q", "single", 0, "m", Reply("x" * 100_000))
+    journal.keep(Kept("large", "q", "single", 0, "m", Reply("x" * 100_000)))
     journal.close()
 
 
 def test_journals_merge(tmp_path: Path) -> None:
     one, two = (Journal(tmp_path / name, "a") for name in ("one", "two"))
-    one.keep("k1", "q1", "single", 0, "m", Reply("mine"))
-    two.keep("k1", "q1", "single", 0, "m", Reply("theirs"))
-    two.keep("k2", "q2", "single", 0, "m", Reply("text"))
+    one.keep(Kept("k1", "q1", "single", 0, "m", Reply("mine")))
+    two.keep(Kept("k1", "q1", "single", 0, "m", Reply("theirs")))
+    two.keep(Kept("k2", "q2", "single", 0, "m", Reply("text")))
     two.settle("q2", Outcome("accepted", Trace(QUESTION, ())))
     two.settle("q1", Outcome("failed"))
     one.settle("q2", Outcome("failed"))

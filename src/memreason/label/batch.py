@@ -17,7 +17,7 @@ from memreason.core.errors import DataError
 from memreason.core.files import file_hash, read_jsonl, write_text
 from memreason.core.trace import Trace
 from memreason.label.endpoint import chat_format, reply_of
-from memreason.label.journal import Journal
+from memreason.label.journal import Journal, Kept
 from memreason.label.outcome import Outcome
 from memreason.label.request import Request, key_of
 from memreason.label.run import Job, play
@@ -80,7 +80,8 @@ def _read(path: Path, journal: Journal, report: BatchReport) -> None:
             report.errors += 1
         else:
             question, purpose, sample, model = batched[key][1]
-            journal.keep(key, question, purpose, sample, model, reply_of(response.get("body"), endpoint="batch"))
+            reply = reply_of(response.get("body"), endpoint="batch")
+            journal.keep(Kept(key, question, purpose, sample, model, reply))
             report.read += 1
         journal.unmark_batched([key])
 

@@ -13,7 +13,7 @@ import time
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from filelock import FileLock, Timeout
 
@@ -21,7 +21,7 @@ from memreason.core.errors import DataError, StorageError
 from memreason.label.outcome import Outcome
 from memreason.label.request import Reply
 
-__all__ = ["Journal"]
+__all__ = ["Journal", "Kept"]
 
 TABLES = """
 create table if not exists replies (
@@ -53,6 +53,17 @@ insert or ignore into claims select ?, ?, ? where not exists (
   select 1 from outcomes where labelling = ? and question = ? and status != 'failed'
 )"""
 REPLY = ("content", "finish_reason", "refusal", "prompt_tokens", "completion_tokens", "seconds", "endpoint")
+
+
+class Kept(NamedTuple):
+    """A reply and what it replies to."""
+
+    key: str
+    question: str
+    purpose: str
+    sample: int
+    model: str
+    reply: Reply
 
 
 class Journal:
@@ -119,17 +130,17 @@ class Journal:
         row = self.base.execute(f"select {', '.join(REPLY)} from replies where key = ?", (key,)).fetchone()
         return Reply(*row) if row else None
 
-    def keep(self, key: str, question: str, purpose: str, sample: int, model: str, reply: Reply) -> None:
-        values = [getattr(reply, name) for name in REPLY]
-        row = (key, question, purpose, sample, model, time.time(), *values)
-        self._write((f"insert or ignore into replies values ({', '.join('?' * len(row))})", row))
+    def keep(self, *replies: Kept) -> None:
+        """Write replies down, before anything else is asked."""
+        self._write(*map(_insert, replies))
 
-    def settle(self, question: str, outcome: Outcome) -> None:
-        """Write down what became of a question, and let go of it."""
+    def settle(self, question: str, outcome: Outcome, *replies: Kept) -> None:
+        """Write down what became of a question, with the replies that led there, and let go of it."""
         trace = outcome.trace and json.dumps(outcome.trace.to_json(), ensure_ascii=False)
         history = json.dumps(outcome.history, ensure_ascii=False)
         here = (self.labelling, question)
         self._write(
+            *map(_insert, replies),
             ("insert or replace into outcomes values (?, ?, ?, ?, ?)", (*here, outcome.status, trace, history)),
             ("delete from claims where labelling = ? and question = ?", here),
         )
@@ -192,3 +203,8 @@ class Journal:
             self.base.execute("detach database other")
         except sqlite3.DatabaseError as error:
             raise DataError(f"{other}: cannot be read as a journal ({error})") from error
+
+
+def _insert(kept: Kept) -> tuple[str, tuple[Any, ...]]:
+    row = (*kept[:-1], time.time(), *(getattr(kept.reply, name) for name in REPLY))
+    return f"insert or ignore into replies values ({', '.join('?' * len(row))})", row
