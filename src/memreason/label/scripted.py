@@ -11,7 +11,7 @@ import hashlib
 import json
 import re
 import threading
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -127,7 +127,7 @@ class ScriptedTeacher:
         self.retry_after, self.key, self.json_schema, self.answer = retry_after, key, json_schema, answer
         self.asked: Counter[str] = Counter()
         self.paid: Counter[str] = Counter()
-        self.bodies: list[Body] = []
+        self.bodies: deque[Body] = deque(maxlen=100)
         self.lock = threading.Lock()
 
     def reply(self, body: Body) -> tuple[Answer, float]:
@@ -141,7 +141,7 @@ class ScriptedTeacher:
             found = self.answer(body)
             status, made = TROUBLES[trouble](found, body) if trouble != "ok" else (200, _completion(_said(found), body))
             self.paid[name] += status == 200
-            self.bodies = [*self.bodies[-99:], body]
+            self.bodies.append(body)
         return (status, made), self.slow_seconds if trouble == "slow" else self.seconds
 
     def _trouble(self, name: str) -> str:
