@@ -33,7 +33,7 @@ class Prompts:
         self.environment = jinja2.Environment(
             loader=jinja2.FileSystemLoader([*folders, SHIPPED]),
             undefined=jinja2.StrictUndefined,
-            keep_trailing_newline=False,
+            auto_reload=False,
         )
 
     def messages(self, purpose: str, question: Question, **given: Any) -> Messages:

@@ -6,6 +6,7 @@ import asyncio
 import gc
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from tqdm import tqdm
@@ -114,8 +115,7 @@ async def label_all(
     Raises TeacherError as soon as no request would be answered; what was labelled by then is in the journal.
     """
     tally, prompts = Tally(), job.prompts
-    gc.freeze()  # a hundred thousand questions need no second look by the collector: a tenth of the time
-    with tqdm(total=len(traces), desc=label, unit="q", smoothing=0.05) as bar:
+    with _seldom_collected(), tqdm(total=len(traces), desc=label, unit="q", smoothing=0.05) as bar:
 
         def pass_over(count: int) -> None:
             tally.before += count
@@ -126,17 +126,31 @@ async def label_all(
         async def work() -> None:
             for trace in waiting:  # one iterator for all workers
                 await _label(trace, job, prompts, teacher, journal, tally)
-                bar.set_postfix_str(tally.say(price), refresh=False)
-                bar.update()
+                if bar.update():  # it was drawn: the next time with these figures
+                    bar.set_postfix_str(tally.say(price), refresh=False)
 
         workers = [asyncio.create_task(work()) for _ in range(max(1, min(in_flight, len(traces))))]
         try:
             await asyncio.gather(*workers)
+            bar.set_postfix_str(tally.say(price))
         finally:
             for worker in workers:
                 worker.cancel()
             await asyncio.gather(*workers, return_exceptions=True)
     return tally
+
+
+@contextmanager
+def _seldom_collected() -> Iterator[None]:
+    """The garbage collector leaves the questions alone, and comes less often: it took a fifth of the time."""
+    before = gc.get_threshold()
+    gc.freeze()
+    gc.set_threshold(50_000, *before[1:])
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)
+        gc.unfreeze()
 
 
 def _claimed(traces: Sequence[Trace], journal: Journal, pass_over: Callable[[int], None]) -> Iterator[Trace]:
