@@ -9,11 +9,10 @@ from typing import Any
 import jinja2
 from rich.text import Text
 
-from memreason.report.console import console, figures
+from memreason.report.console import COLOURS, console, figures
 
 __all__ = ["page", "print_audit"]
 
-COLOURS = {"memory": "cyan", "reason": "yellow"}  # of the terminal's traces
 MEANINGS = {
     "leak": "the question also stands in a set that is held out",
     "near leak": "nearly the same question stands in a set that is held out",

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.text import Text
 
-__all__ = ["console", "figures", "note"]
+__all__ = ["COLOURS", "console", "figures", "note"]
 
+COLOURS = {"memory": "cyan", "reason": "yellow"}
 console = Console(highlight=False, quiet=os.environ.get("RANK", "0") != "0")  # of several processes one speaks
 
 

@@ -12,11 +12,9 @@ from rich.text import Text
 from memreason.core.trace import LETTERS, Trace
 from memreason.generate.answer import read_samples
 from memreason.measure.score import score_trace
-from memreason.report.console import console, figures
+from memreason.report.console import COLOURS, console, figures
 
 __all__ = ["print_bench", "print_results", "print_samples", "print_trace"]
-
-COLOURS = {"memory": "cyan", "reason": "yellow"}
 
 
 def print_trace(trace: Trace, verdict: str = "") -> None:
