@@ -12,6 +12,7 @@ import pytest
 
 from memreason.core.errors import DataError, RecipeError, StorageError
 from memreason.core.labelling import ChecksRecipe, LabelRecipe, TeacherRecipe, load_label_recipe
+from memreason.core.recipe import shipped
 from memreason.core.trace import Question, Step, Trace
 from memreason.label.checks import CHECKS, Draft, problems, problems_of
 from memreason.label.journal import Journal, Kept
@@ -372,3 +373,10 @@ def test_recipes_name_every_mistake() -> None:
     assert len(found.value.problems) == 6
     assert "no keys in base_url" in text and "secret" not in text
     assert "shard: K must not exceed N, got 4/3" in text
+
+
+@pytest.mark.parametrize("name", shipped("label"))
+def test_shipped_recipes_are_understood(name: str) -> None:
+    recipe = load_label_recipe(name)
+    assert load_label_recipe(None, recipe.model_dump(mode="json")) == recipe
+    assert recipe.folder == Path("labels/strategyqa-train")
