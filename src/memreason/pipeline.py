@@ -14,7 +14,15 @@ from accelerate import PartialState
 from torch import nn
 
 from memreason.core.errors import RecipeError
-from memreason.core.files import file_hash, read_json, settings_hash, write_json, write_text
+from memreason.core.files import (
+    file_hash,
+    read_json,
+    read_traces,
+    settings_hash,
+    write_json,
+    write_jsonl,
+    write_text,
+)
 from memreason.core.recipe import EvalRecipe, Recipe, load_recipe
 from memreason.core.trace import Question, Trace
 from memreason.data.tasks import Splits, load_eval
@@ -27,11 +35,12 @@ from memreason.finetune.prepare import Prepared, prepare, trainable_model
 from memreason.finetune.train import train as run_trainer
 from memreason.finetune.train import training_arguments
 from memreason.generate.answer import answer_questions, read_samples
+from memreason.measure.attribute import attribute, fault_table
 from memreason.measure.score import score_trace
 from memreason.measure.stats import summarise
 from memreason.report.console import console, figures, note
 
-__all__ = ["ask", "dry_run", "evaluate", "run", "train"]
+__all__ = ["ask", "dry_run", "evaluate", "faults", "run", "train"]
 
 
 def train(recipe: Recipe, *, fresh: bool = False) -> Path:
@@ -168,6 +177,22 @@ def evaluate(
         write_json(folder / "results.json", results)
         write_text(folder / "generations.txt", "".join(_generation(loaded.codec, trace) for trace in traces))
     return results
+
+
+def faults(path: Path | str, **evaluation: Any) -> dict[str, Any]:
+    """Whose fault each wrong answer of an evaluation is: exactly, so on atlas. Evaluates first what is not yet.
+
+    `evaluation` is what `evaluate` takes. Writes faults.jsonl (a line for each question: verdict and evidence) and
+    faults.json beside the samples. Raises TaskError for a task whose facts are not known.
+    """
+    results = evaluate(path, **evaluation)
+    folder = Path(results["folder"])
+    found = [attribute(trace) for trace in read_traces(folder / "samples.jsonl")]
+    table = {**fault_table(found), "task": results["task"], "split": results["split"], "folder": str(folder)}
+    if PartialState().is_main_process:
+        write_jsonl(folder / "faults.jsonl", (one.to_json() for one in found))
+        write_json(folder / "faults.json", table)
+    return table
 
 
 def _generation(codec: Codec, trace: Trace) -> str:

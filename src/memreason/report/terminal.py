@@ -14,7 +14,7 @@ from memreason.generate.answer import read_samples
 from memreason.measure.score import score_trace
 from memreason.report.console import COLOURS, console, figures
 
-__all__ = ["print_bench", "print_results", "print_samples", "print_trace"]
+__all__ = ["print_bench", "print_faults", "print_results", "print_samples", "print_trace"]
 
 
 def print_trace(trace: Trace, verdict: str = "") -> None:
@@ -63,6 +63,26 @@ def print_results(results: dict[str, Any]) -> None:
             ("to read", str(folder / "generations.txt")),
         ],
     )
+
+
+def print_faults(found: dict[str, Any]) -> None:
+    """Counts of verdicts with intervals, and the shares of faults by obscurity, hops and form."""
+    rows = []
+    for name, count in found["counts"].items():
+        share = found["shares"][name]
+        low, high = share["by_group"] if share else (0.0, 0.0)
+        rows.append((name, f"{count:4}  {share['share']:.3f}  ({low:.3f} to {high:.3f})" if share else "   0"))
+    figures(f"{found['task']} / {found['split']}: {found['n']} questions, {found['wrong']} wrong", rows)
+    table = Table(box=None, padding=(0, 2, 0, 0), title="share of questions with a fault", title_justify="left")
+    for name in ("", "n", "memory", "reason", "wrong"):
+        table.add_column(name, justify="left" if not name else "right")
+    for level, groups in found["by"].items():
+        for group in groups:
+            shares = [f"{group[name]['share']:.3f}" for name in ("memory", "reason", "wrong")]
+            table.add_row(f"{level} {group[level]}", str(group["n"]), *shares)
+    console.print(table)
+    folder = Path(found["folder"])
+    figures("where it lies", [("figures", str(folder / "faults.json")), ("evidence", str(folder / "faults.jsonl"))])
 
 
 def print_samples(results: dict[str, Any], count: int = 4, seed: int = 0) -> None:

@@ -1,0 +1,133 @@
+"""Exact attribution on atlas: rules, verdicts, the table, the command."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from memreason.core.errors import TaskError
+from memreason.core.trace import MEMORY, REASON, Question, Step, Trace
+from memreason.data.atlas import FORMS, make_atlas
+from memreason.data.atlas_rules import answer_from, memory_faults, reason_fault
+from memreason.measure.attribute import attribute, fault_table
+
+
+def lines_of(trace: Trace) -> list[str]:
+    return [step.text for step in trace.of_kind(MEMORY)]
+
+
+@pytest.mark.parametrize("split", ["train", "validation", "test"])
+def test_gold_traces_have_no_fault(split: str) -> None:
+    """Every form's rule gives the gold answer from the gold lines."""
+    for trace in make_atlas(split, 120):
+        question, (reason,) = trace.question, trace.of_kind(REASON)
+        assert answer_from(question, lines_of(trace)) == question.answer
+        assert not memory_faults(question, lines_of(trace))
+        assert reason_fault(question, lines_of(trace), reason.text) is None
+        assert attribute(replace(trace, prediction=question.answer)).verdict == "right"
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_missing_line_is_a_memory_fault(form: str) -> None:
+    for trace in make_atlas("train", 6, forms=[form]):
+        wrong = _other_answer(trace.question)
+        steps = (trace.steps[1:] if len(lines_of(trace)) > 1 else ()) or trace.of_kind(REASON)
+        found = attribute(replace(trace, steps=tuple(steps), prediction=wrong))
+        assert found.verdict in ("memory", "both") and found.memory
+        assert any(text.startswith("no line says") for text in found.memory)
+
+
+def _other_answer(question: Question) -> str:
+    if question.choices:
+        return "B" if question.answer == "A" else "A"
+    return "False" if question.answer == "True" else "True"
+
+
+def capital(*steps: tuple[str, str], answer: str = "False", gold: str = "True") -> Trace:
+    """Is Lima the capital of Peru?"""
+    facts: tuple[Any, ...] = ({"subject": "Peru", "relation": "capital", "object": "Lima"},)
+    meta = {"form": "capital_is", "hops": 1, "obscurity": 0.4, "group": "Peru"}
+    question = Question("Is Lima the capital of Peru?", gold, "atlas", facts=facts, meta=meta)
+    return Trace(question, tuple(Step((kind,), text) for kind, text in steps), prediction=answer)
+
+
+TRUE_LINE, FALSE_LINE = "The capital of Peru is Lima.", "The capital of Peru is Cusco."
+SAME, OTHER = "Lima and Lima are the same.", "Cusco and Lima are different."
+CASES = {
+    "memory": capital((MEMORY, FALSE_LINE), (REASON, OTHER)),
+    "reason": capital((MEMORY, TRUE_LINE), (REASON, SAME)),  # the answer does not follow
+    "reason line": capital((MEMORY, TRUE_LINE), (REASON, "Lima and Lima are different.")),
+    "other things": capital((MEMORY, TRUE_LINE), (REASON, OTHER)),
+    "both": capital((MEMORY, FALSE_LINE), (REASON, SAME)),
+    "no reason line": capital((MEMORY, TRUE_LINE)),
+    "format": capital((MEMORY, TRUE_LINE), (REASON, SAME), answer=""),
+    "no lines": capital(),
+    "lucky": capital((MEMORY, FALSE_LINE), (REASON, SAME), answer="True"),
+    "right": capital((MEMORY, TRUE_LINE), (REASON, SAME), answer="True"),
+    "first of two": capital((MEMORY, FALSE_LINE), (MEMORY, TRUE_LINE), (REASON, OTHER)),
+}
+VERDICT = {"reason line": "reason", "other things": "reason", "no reason line": "reason", "no lines": "format"}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_verdicts(case: str) -> None:
+    found = attribute(CASES[case])
+    assert found.verdict == VERDICT.get(case, "memory" if case == "first of two" else case)
+    assert bool(found.memory) == (found.verdict in ("memory", "both", "lucky"))
+    if found.verdict in ("reason", "both"):
+        assert found.reason
+
+
+def test_evidence_names_line_and_fact() -> None:
+    found = attribute(CASES["memory"]).to_json()
+    assert found["memory"] == ["false: Peru, capital, Cusco (it is Lima)"]
+    assert attribute(CASES["reason"]).reason == ("the answer is False, from the lines follows True",)
+
+
+def test_choices() -> None:
+    facts: tuple[Any, ...] = ({"subject": "Peru", "relation": "capital", "object": "Lima"},)
+    question = Question("What is the capital of Peru?", "B", choices=("Quito", "Lima"), facts=facts)
+    question = replace(question, meta={"form": "capital_choice"})
+    assert answer_from(question, ["The capital of Peru is Lima."]) == "B"
+    assert answer_from(question, ["The capital of Peru is Quito."]) == "A"
+    assert answer_from(question, ["The capital of Peru is Paris."]) is None
+    lines = ["The capital of Peru is Lima."]
+    assert reason_fault(question, lines, "The choice is Lima (B).") is None
+    assert reason_fault(question, lines, "The choice is Lima (A).") == "choice A is not Lima"
+    assert reason_fault(question, lines, "The choice is Quito (A).") == "from the lines above follows B"
+    assert reason_fault(question, lines, "Lima is nice.") == "it is no step that this question asks for"
+
+
+def test_the_table_counts_and_parts() -> None:
+    found = [attribute(CASES[name]) for name in ("memory", "reason", "both", "format", "lucky", "right", "right")]
+    table = fault_table(found)
+    assert table["counts"] == {"memory": 1, "reason": 1, "both": 1, "format": 1, "lucky": 1, "right": 2}
+    assert (table["n"], table["wrong"]) == (7, 4)
+    assert table["of_wrong"]["memory"]["share"] == 0.25
+    low, high = table["shares"]["right"]["wilson"]
+    assert low < 2 / 7 < high
+    (middle,) = table["by"]["obscurity"]
+    assert (middle["obscurity"], middle["n"], middle["memory"]["share"]) == ("middle", 7, 3 / 7)
+    assert fault_table([])["of_wrong"]["memory"] is None
+
+
+def test_other_tasks_are_refused() -> None:
+    with pytest.raises(TaskError, match="strategyqa: lines can be checked exactly on atlas only"):
+        attribute(Trace(Question("Is it?", "True", "strategyqa"), (), prediction="True"))
+
+
+def test_faults_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from conftest import save_base, tiny_recipe
+    from memreason import pipeline
+    from memreason.cli import main
+    from memreason.core.files import read_json, read_jsonl
+
+    changes = {"data.paths": [], "data.task": "atlas", "data.n_train": 12, "eval.n": 6, "train.n_select": 2}
+    run = pipeline.train(tiny_recipe(tmp_path, save_base(tmp_path / "base"), **changes))
+    assert main(["faults", str(run), "--eval.max_new_tokens", "8"]) == 0
+    assert "6 questions" in capsys.readouterr().out
+    (path,) = run.glob("checkpoint-*/eval/*/faults.json")
+    assert read_json(path)["n"] == len(list(read_jsonl(path.with_name("faults.jsonl")))) == 6
