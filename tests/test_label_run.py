@@ -19,7 +19,7 @@ import pytest
 from conftest import save_base, tiny_recipe
 from memreason import labels, pipeline
 from memreason.cli import main
-from memreason.core.errors import RecipeError, TeacherError
+from memreason.core.errors import DataError, RecipeError, TeacherError
 from memreason.core.files import read_jsonl, read_traces, write_traces
 from memreason.core.labelling import LabelRecipe, load_label_recipe
 from memreason.core.trace import Question, Step, Trace
@@ -326,6 +326,18 @@ def test_a_folder_belongs_to_one_task() -> None:
         write_traces("other.jsonl", read_traces("q.jsonl"))
         with pytest.raises(RecipeError, match=r"holds labels of q\.jsonl/train"):
             labels.label_questions(recipe(url, name="mine", task="other.jsonl"))
+
+
+def test_a_question_that_stands_twice_is_asked_once() -> None:
+    teacher = ScriptedTeacher(seconds=0.01)
+    with serving(teacher) as url:
+        settings = recipe(url, count=6)
+        write_traces("q.jsonl", [*read_traces("q.jsonl"), *read_traces("q.jsonl")])
+        assert labels.label_questions(settings)["questions"] == 6 == teacher.paid.total()
+        lines = [{"id": "same", "question": text, "answer": "True"} for text in ("One?", "Two?")]
+        Path("q.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        with pytest.raises(DataError, match="the id 'same' stands for 'One\\?' and 'Two\\?'"):
+            labels.label_questions(settings)
 
 
 COMMAND = [sys.executable, "-m", "memreason", "label", "--task", "q.jsonl", "--protocol", "plan+fill", "--teacher", "s"]

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from memreason import __version__
-from memreason.core.errors import RecipeError
+from memreason.core.errors import DataError, RecipeError
 from memreason.core.files import read_traces, settings_hash, write_json, write_jsonl, write_text, write_traces
 from memreason.core.labelling import LabelRecipe, load_label_recipe
 from memreason.core.recipe import DataRecipe
