@@ -103,11 +103,20 @@ def export(recipe: LabelRecipe, path: Path | str) -> int:
 
 
 def _questions(recipe: LabelRecipe) -> list[Trace]:
-    traces = load_eval(recipe.task, recipe.split, DataRecipe(), recipe.n, seed=recipe.seed)
+    """Each question once. Raises DataError if two different ones bear the same id."""
+    traces: dict[str, Trace] = {}
+    for trace in load_eval(recipe.task, recipe.split, DataRecipe(), recipe.n, seed=recipe.seed):
+        first = traces.setdefault(trace.question.id, trace)
+        if first.question.text != trace.question.text:
+            texts = f"{first.question.text!r} and {trace.question.text!r}"
+            raise DataError(f"{recipe.task}: the id {trace.question.id!r} stands for {texts}; ids must differ")
     which, parts = recipe.part
-    return [
-        trace for trace in traces if int(hashlib.sha256(trace.question.id.encode()).hexdigest(), 16) % parts == which
-    ]
+    return [trace for trace in traces.values() if _number(trace.question.id) % parts == which]
+
+
+def _number(question: str) -> int:
+    """The same on every machine, and evenly spread whatever the ids are."""
+    return int.from_bytes(hashlib.sha256(question.encode()).digest()[:8], "big")
 
 
 def _job(recipe: LabelRecipe) -> Job:
