@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from memreason.core.errors import TaskError
 from memreason.core.trace import MEMORY, REASON, Question, Step, Trace
 from memreason.data.atlas import FORMS, make_atlas
 from memreason.data.atlas_rules import answer_from, memory_faults, reason_fault
 from memreason.measure.attribute import attribute, fault_table
+from memreason.measure.counterfactual import INTERVENTIONS, begin, compare_ways
 
 
 def lines_of(trace: Trace) -> list[str]:
@@ -119,6 +121,64 @@ def test_other_tasks_are_refused() -> None:
         attribute(Trace(Question("Is it?", "True", "strategyqa"), (), prediction="True"))
 
 
+def test_interventions_give_gold_own_and_anothers_lines() -> None:
+    gold = {trace.question.id: trace for trace in make_atlas("test", 24)}
+    made = [
+        replace(trace, steps=(Step((MEMORY,), "X."), Step((REASON,), "Y.")), prediction="A") for trace in gold.values()
+    ]
+    for name in INTERVENTIONS:
+        for trace, begun in zip(made, begin(name, made, gold), strict=True):
+            assert begun.question == trace.question and {step.kinds for step in begun.steps} <= {(MEMORY,)}
+            own = gold[trace.question.id]
+            if name == "other":
+                others = [o for o in gold.values() if o.question.meta["form"] == own.question.meta["form"]]
+                assert begun.steps in [tuple(o.of_kind(MEMORY)) for o in others]
+                assert begun.steps != tuple(own.of_kind(MEMORY))
+            else:
+                assert begun.steps == tuple((own if name == "gold" else trace).of_kind(MEMORY))
+
+
+def test_ways_are_compared_where_one_thing_failed() -> None:
+    cases = ("memory", "memory", "reason", "both", "right")
+    found = [attribute(CASES[case].with_question(id=str(n))) for n, case in enumerate(cases)]
+    answers = {"gold": ["True", "False", "False", "True", "True"], "own": [*["False"] * 4, "True"]}
+    answers["other"] = ["False"] * 5
+    tried = {
+        name: [replace(one.trace, prediction=answer) for one, answer in zip(found, given, strict=True)]
+        for name, given in answers.items()
+    }
+    table = compare_ways(found, tried)
+    assert table["confusion"] == {"memory, memory": 1, "memory, reason": 1, "reason, reason": 1, "both, memory": 1}
+    assert (table["agreement"]["n"], table["agreement"]["share"]) == (3, 2 / 3)
+    assert table["kappa"] == pytest.approx(0.4)  # observed 2/3, by chance 4/9
+    assert [table["accuracy"][name]["share"] for name in ("before", "gold", "own", "other")] == [0.2, 0.6, 0.2, 0.0]
+    assert table["mended"]["gold"]["share"] == 0.5 and table["mended"]["own"]["share"] == 0.0
+    assert compare_ways([], {name: [] for name in answers})["kappa"] is None
+
+
+def test_going_on_from_own_lines_changes_nothing(byte_codec: Any) -> None:
+    """Greedy: what follows the model's own first lines is what it wrote behind them."""
+    from conftest import byte_level, tiny_model
+    from memreason.core.recipe import EvalRecipe
+    from memreason.encode.vocab import add_rows
+    from memreason.generate.onward import continue_traces
+
+    model = tiny_model(len(byte_level()))
+    add_rows(model, byte_codec)
+    trace = capital((MEMORY, TRUE_LINE), (REASON, SAME), answer="True")
+    settings = EvalRecipe(max_new_tokens=40)
+    (begun,) = continue_traces(model, byte_codec, [replace(trace, steps=trace.steps[:1])], settings)
+    assert begun.steps[0] == trace.steps[0]
+    prompt = byte_codec.question_ids(trace.question) + byte_codec.step_ids(trace.steps[:1]) + byte_codec.opening()
+    assert byte_codec.render(trace)[: len(byte_codec.step_ids(trace.steps))] == byte_codec.step_ids(trace.steps)
+    ids = torch.tensor([prompt])
+    with torch.inference_mode():
+        for _ in range(40):
+            ids = torch.cat([ids, model(ids).logits[:, -1:].argmax(-1)], dim=1)
+    plain = byte_codec.parse(trace.question, ids[0, len(byte_codec.question_ids(trace.question)) :].tolist())
+    assert begun.steps == plain.steps
+
+
 def test_faults_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from conftest import save_base, tiny_recipe
     from memreason import pipeline
@@ -131,3 +191,11 @@ def test_faults_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert "6 questions" in capsys.readouterr().out
     (path,) = run.glob("checkpoint-*/eval/*/faults.json")
     assert read_json(path)["n"] == len(list(read_jsonl(path.with_name("faults.jsonl")))) == 6
+    assert main(["faults", str(run), "--eval.max_new_tokens", "8", "--counterfactual"]) == 0
+    assert "own lines again" in capsys.readouterr().out
+    accuracy = read_json(path)["counterfactual"]["accuracy"]
+    assert {name: one["n"] for name, one in accuracy.items()} == {"before": 6, "gold": 6, "own": 6, "other": 6}
+    given = {path.name: path.read_bytes() for path in path.parent.glob("given-*.jsonl")}
+    assert len(given) == 3
+    assert main(["faults", str(run), "--eval.max_new_tokens", "8", "--counterfactual"]) == 0  # kept, not made anew
+    assert given == {path.name: path.read_bytes() for path in path.parent.glob("given-*.jsonl")}

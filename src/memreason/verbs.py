@@ -97,7 +97,14 @@ def _faults(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
 
     loaded = load_checkpoint(arguments.path, base=arguments.base)
     settings = _settings(loaded, dict(pairs(rest)))
-    print_faults(pipeline.faults(arguments.path, settings=settings, base=arguments.base, checkpoint=loaded))
+    found = pipeline.faults(
+        arguments.path,
+        settings=settings,
+        base=arguments.base,
+        checkpoint=loaded,
+        counterfactual=arguments.counterfactual,
+    )
+    print_faults(found)
 
 
 def _ask(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
@@ -151,7 +158,11 @@ VERBS = {
     "faults": Verb(
         _faults,
         "whose fault each wrong answer is: memory, reason or format (exactly, on atlas)",
-        {"path": RUN, "--base": BASE},
+        {
+            "path": RUN,
+            "--counterfactual": {"action": "store_true", "help": "also answer anew with gold and placebo memory lines"},
+            "--base": BASE,
+        },
         True,
     ),
     "ask": Verb(

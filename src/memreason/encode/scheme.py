@@ -179,17 +179,24 @@ class Codec:
 
     def trace_pieces(self, trace: Trace) -> Iterator[Piece]:
         """What a trace is made of, from the first block to EOS: its texts between the ids of blocks (laws 1, 2, 4)."""
-        scheme, each = self.scheme, self.scheme.placement == "each_step"
+        each = self.scheme.placement == "each_step"
         if not each:
             yield self.block(PREFIX), True
-        for step in trace.steps:
-            if each:
-                yield self._line_block(step.kinds), True
-            yield " " + step.text + scheme.line_ending, True
+        yield from self._step_pieces(trace.steps)
         if each:
             yield self._answer_block, True
-        yield scheme.answer_template.replace("{answer}", trace.answer), True
+        yield self.scheme.answer_template.replace("{answer}", trace.answer), True
         yield (self.eos_id,), True
+
+    def _step_pieces(self, steps: Iterable[Step]) -> Iterator[Piece]:
+        for step in steps:
+            if self.scheme.placement == "each_step":
+                yield self._line_block(step.kinds), True
+            yield " " + step.text + self.scheme.line_ending, True
+
+    def step_ids(self, steps: Sequence[Step]) -> list[int]:
+        """Ids of lines alone, as they stand in a trace."""
+        return self._ids(self._step_pieces(steps)) if steps else []
 
     def _line_block(self, kinds: tuple[str, ...]) -> tuple[int, ...]:
         """The block of a line, made once for all lines of these kinds. Raises ModelError for unknown kinds."""

@@ -17,6 +17,7 @@ from memreason.encode.base import load_model, load_tokenizer
 from memreason.encode.scheme import Codec, TokenScheme
 from memreason.finetune.checkpoint import load_checkpoint
 from memreason.generate.engine import Generation, generate
+from memreason.generate.onward import PromptCodec
 from memreason.label.request import Reply, Request
 
 __all__ = ["LocalTeacher", "local_teacher"]
@@ -125,22 +126,13 @@ def _generated(
     return [made[request.question] for request in requests]
 
 
-class _ChatCodec(Codec):
-    """Questions in the model's own chat template, with no blocks."""
-
-    prompts: dict[str, list[int]]
-
-    def question_ids(self, question: Question) -> list[int]:
-        return self.prompts[question.id]
-
-
 def _of_base(path: str, questions: Mapping[str, Question]) -> Callable[..., list[Reply]]:
     tokenizer = load_tokenizer(path)
     model: Any = load_model(path)
-    codec = _ChatCodec(TokenScheme(n_prefix=0, n_special=0), tokenizer)
+    plain = Codec(TokenScheme(n_prefix=0, n_special=0), tokenizer)
 
     def answer(requests: Sequence[Request], settings: EvalRecipe) -> list[Reply]:
-        codec.prompts = {request.question: _chat_ids(tokenizer, request) for request in requests}
+        codec = PromptCodec(plain, {request.question: _chat_ids(tokenizer, request) for request in requests})
         return [_reply(one, codec) for one in _generated(model, codec, requests, questions, settings)]
 
     return answer

@@ -81,8 +81,27 @@ def print_faults(found: dict[str, Any]) -> None:
             shares = [f"{group[name]['share']:.3f}" for name in ("memory", "reason", "wrong")]
             table.add_row(f"{level} {group[level]}", str(group["n"]), *shares)
     console.print(table)
+    if "counterfactual" in found:
+        _print_ways(found["counterfactual"])
     folder = Path(found["folder"])
     figures("where it lies", [("figures", str(folder / "faults.json")), ("evidence", str(folder / "faults.jsonl"))])
+
+
+GIVEN = {"before": "as generated", "gold": "gold facts", "own": "own lines again", "other": "another question's facts"}
+
+
+def _print_ways(found: dict[str, Any]) -> None:
+    """Accuracy under each intervention, and the two ways of attribution against each other."""
+
+    def told(one: dict[str, Any]) -> str:
+        return f"{one['share']:.3f}  ({one['wilson'][0]:.3f} to {one['wilson'][1]:.3f})"
+
+    figures("accuracy with memory lines given", [(GIVEN[name], told(one)) for name, one in found["accuracy"].items()])
+    figures("wrong answers mended by them", [(GIVEN[name], told(one)) for name, one in found["mended"].items()])
+    rows = [(f"exactly {pair.replace(', ', ', by trying ')}", str(n)) for pair, n in found["confusion"].items()]
+    kappa = "undefined" if found["kappa"] is None else f"{found['kappa']:.3f}"
+    agreed = f"{told(found['agreement'])} of {found['agreement']['n']}, kappa {kappa}"
+    figures("the two ways", [*rows, ("agreement", agreed)])
 
 
 def print_samples(results: dict[str, Any], count: int = 4, seed: int = 0) -> None:
