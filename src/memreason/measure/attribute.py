@@ -23,6 +23,7 @@ __all__ = ["VERDICTS", "Attribution", "attribute", "fault_table"]
 Verdict = Literal["memory", "reason", "both", "format", "lucky", "right"]
 VERDICTS: tuple[Verdict, ...] = ("memory", "reason", "both", "format", "lucky", "right")
 LEVELS = ("obscurity", "hops", "form")
+THIRDS = ("low", "middle", "high")
 
 
 @dataclass(frozen=True)
@@ -108,10 +109,12 @@ def _by(found: Sequence[Attribution], level: str) -> list[dict[str, Any]]:
             "reason": _share(some, lambda one: bool(one.reason)),
             "wrong": _share(some, lambda one: one.score.verdict != "correct"),
         }
-        for name, some in sorted(groups.items(), key=lambda item: str(item[0]))
+        for name, some in sorted(
+            groups.items(), key=lambda item: THIRDS.index(item[0]) if item[0] in THIRDS else item[0]
+        )
     ]
 
 
 def _level(one: Attribution, level: str) -> Any:
     value = one.trace.question.meta[level]
-    return ("low", "middle", "high")[min(2, int(3 * value))] if level == "obscurity" else value
+    return THIRDS[min(2, int(3 * value))] if level == "obscurity" else value
