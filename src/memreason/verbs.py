@@ -109,7 +109,7 @@ def _faults(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
 
 def _ask(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
     from memreason import pipeline
-    from memreason.report.terminal import print_trace
+    from memreason.report.console import print_trace
 
     print_trace(pipeline.ask(arguments.path, arguments.question, choices=arguments.choice, base=arguments.base))
 

@@ -27,7 +27,7 @@ def _data_list(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
 def _data_show(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
     from memreason.core.recipe import DataRecipe
     from memreason.data import tasks
-    from memreason.report.terminal import print_trace
+    from memreason.report.console import print_trace
 
     for trace in tasks.load_eval(arguments.source, arguments.split, DataRecipe(), arguments.n):
         print_trace(trace)

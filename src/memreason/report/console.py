@@ -1,4 +1,4 @@
-"""The terminal: one console, notes, and figures in two columns. No torch."""
+"""The terminal: one console, notes, figures in two columns, and traces, each kind in its colour. No torch."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.text import Text
 
-__all__ = ["COLOURS", "console", "figures", "note"]
+from memreason.core.trace import LETTERS, Trace
+
+__all__ = ["COLOURS", "console", "figures", "note", "print_trace"]
 
 COLOURS = {"memory": "cyan", "reason": "yellow"}
 console = Console(highlight=False, quiet=os.environ.get("RANK", "0") != "0")  # of several processes one speaks
@@ -26,3 +28,21 @@ def figures(title: str, rows: Sequence[tuple[str, str]]) -> None:
     width = max(len(name) for name, _ in rows)
     for name, value in rows:
         console.print(Text(f"  {name:<{width}}  ", style="dim").append(value, style="not dim"), soft_wrap=True)
+
+
+def print_trace(trace: Trace, verdict: str = "") -> None:
+    """One trace, each kind in its colour."""
+    text = Text(trace.question.text + "\n", style="bold")
+    for letter, choice in zip(LETTERS, trace.question.choices or (), strict=False):
+        text.append(f"  {letter}. {choice}\n", style="not bold")
+    for step in trace.steps:
+        kind = "+".join(step.kinds) or "line"
+        text.append(f"  {kind:>7} ", style=f"bold {COLOURS.get(kind, 'white')}")
+        text.append(step.text + "\n", style=f"not bold {COLOURS.get(kind, 'white')}")
+    text.append(f"   answer {trace.answer or '(none)'}", style="bold green")
+    if verdict:
+        wanted = "" if verdict == "correct" else f", gold {trace.question.answer}"
+        text.append(f"  {verdict.replace('_', ' ')}{wanted}", style="green" if verdict == "correct" else "red")
+    if trace.faults:
+        text.append(f"\n  faults: {', '.join(trace.faults)}", style="red")
+    console.print(text, "")

@@ -1,4 +1,4 @@
-"""What a person reads in the terminal: traces, each kind in its colour, and the figures of a run."""
+"""What a person reads in the terminal of a run: its figures, some of its traces, its faults, a bench."""
 
 from __future__ import annotations
 
@@ -9,30 +9,12 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from memreason.core.trace import LETTERS, Trace
+from memreason.core.trace import Trace
 from memreason.generate.answer import read_samples
 from memreason.measure.score import score_trace
-from memreason.report.console import COLOURS, console, figures
+from memreason.report.console import console, figures, print_trace
 
-__all__ = ["print_bench", "print_faults", "print_results", "print_samples", "print_trace"]
-
-
-def print_trace(trace: Trace, verdict: str = "") -> None:
-    """One trace, each kind in its colour."""
-    text = Text(trace.question.text + "\n", style="bold")
-    for letter, choice in zip(LETTERS, trace.question.choices or (), strict=False):
-        text.append(f"  {letter}. {choice}\n", style="not bold")
-    for step in trace.steps:
-        kind = "+".join(step.kinds) or "line"
-        text.append(f"  {kind:>7} ", style=f"bold {COLOURS.get(kind, 'white')}")
-        text.append(step.text + "\n", style=f"not bold {COLOURS.get(kind, 'white')}")
-    text.append(f"   answer {trace.answer or '(none)'}", style="bold green")
-    if verdict:
-        wanted = "" if verdict == "correct" else f", gold {trace.question.answer}"
-        text.append(f"  {verdict.replace('_', ' ')}{wanted}", style="green" if verdict == "correct" else "red")
-    if trace.faults:
-        text.append(f"\n  faults: {', '.join(trace.faults)}", style="red")
-    console.print(text, "")
+__all__ = ["print_bench", "print_faults", "print_results", "print_samples"]
 
 
 def print_results(results: dict[str, Any]) -> None:
