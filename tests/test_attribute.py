@@ -103,6 +103,15 @@ def test_choices() -> None:
     assert reason_fault(question, lines, "Lima is nice.") == "it is no step that this question asks for"
 
 
+def test_a_reason_line_speaks_of_the_continent_that_is_asked_for() -> None:
+    (trace,) = make_atlas("train", 1, forms=["country_on_continent"])
+    (reason,) = trace.of_kind(REASON)
+    asked = trace.question.text.removeprefix("Which of these countries lies in ").rstrip("?")
+    other = "Asia" if asked != "Asia" else "Europe"
+    found = reason_fault(trace.question, lines_of(trace), reason.text.replace(f"in {asked}", f"in {other}"))
+    assert found == f"the question does not ask about {other}"
+
+
 def test_the_table_counts_and_parts() -> None:
     found = [attribute(CASES[name]) for name in ("memory", "reason", "both", "format", "lucky", "right", "right")]
     table = fault_table(found)

@@ -122,7 +122,7 @@ def test_what_no_retry_mends_stops_at_once(trouble: str, said: str) -> None:
 
 def test_the_key_is_nowhere(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     """Not in journal, files, errors or output, even where the server sends it back."""
-    monkeypatch.setenv("MY_KEY", KEY)
+    monkeypatch.setenv("MY_KEY", f"{KEY}\n")
     echo = ScriptedTeacher(key=KEY, script=["500", "ok", "400", "400", "400"])
     with serving(echo) as url, serving(ScriptedTeacher(key="another")) as other:
         flags = [
@@ -152,6 +152,26 @@ def test_retry_after_is_honoured() -> None:
         start = time.monotonic()
         assert labels.label_questions(recipe(url, count=1))["accepted"] == 1
     assert time.monotonic() - start > 1.2
+
+
+def test_a_server_that_asks_for_patience_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("memreason.label.teacher.NEVER", 0.0)
+    teacher = ScriptedTeacher(script=["429"] * 3, retry_after=0.1)
+    with serving(teacher) as url:
+        assert labels.label_questions(recipe(url, count=1))["accepted"] == 1
+
+
+def test_a_prompt_that_cannot_be_rendered_costs_no_reply(tmp_path: Path) -> None:
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "fill.j2").write_text("{% block user %}{{ nothing }}{% endblock %}")
+    teacher = ScriptedTeacher()
+    with serving(teacher) as url:
+        with pytest.raises(RecipeError, match=r"prompts: fill\.j2: 'nothing' is undefined"):
+            labels.label_questions(
+                recipe(url, count=3, in_flight=1, protocol="plan+fill", prompts=str(tmp_path / "own"))
+            )
+        labels.label_questions(recipe(url, count=3, protocol="plan+fill"))
+    assert set(teacher.paid.values()) == {1}
 
 
 def test_json_is_asked_for_in_the_strictest_way_that_is_taken() -> None:
@@ -408,6 +428,10 @@ def test_the_model_to_be_trained_labels_for_itself(tmp_path: Path) -> None:
         replies = [line["content"] for line in _exported(name, shared, str(model))]
         assert len(replies) == 5
         assert any(reply.startswith("Memory: ") for reply in replies) == (name == "run")  # it learnt to
+    for path in run.rglob("*.safetensors"):
+        os.utime(path, (1, 1))  # trained anew: its old replies are another model's
+    again = labels.label_questions(recipe(count=5, name="run", **shared, **{"teacher.model": str(run)}))
+    assert again["this_run"]["replies"] == 5
     with pytest.raises(RecipeError, match="--protocol self"):
         labels.label_questions(recipe(count=2, name="no", **{"teacher.model": str(run), "teacher.local": True}))
 

@@ -120,7 +120,18 @@ def _number(question: str) -> int:
 
 
 def _job(recipe: LabelRecipe) -> Job:
-    return Job(recipe, lambda trace: score_trace(trace).verdict == "correct")
+    return Job(recipe, lambda trace: score_trace(trace).verdict == "correct", _weights(recipe))
+
+
+def _is_local(recipe: LabelRecipe) -> bool:
+    return recipe.protocol == "self" if recipe.teacher.local is None else recipe.teacher.local
+
+
+def _weights(recipe: LabelRecipe) -> str:
+    """Names the weights of a run or folder that is asked here: its replies are not those of what it was before."""
+    found = sorted(Path(recipe.teacher.model).rglob("*.safetensors")) if _is_local(recipe) else []
+    stamps = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in found]
+    return settings_hash({"weights": stamps}) if found else ""
 
 
 @contextmanager
@@ -168,8 +179,7 @@ def _run(
 def _teacher(recipe: LabelRecipe, questions: dict[str, Question], in_flight: int) -> Teacher:
     if not recipe.teacher.model:
         raise RecipeError("teacher.model: which one? Give --teacher NAME, as the server knows it", "label")
-    local = recipe.teacher.local
-    if not (recipe.protocol == "self" if local is None else local):
+    if not _is_local(recipe):
         return OpenAITeacher(recipe.teacher)
     from memreason.label.local import is_run, local_teacher  # torch
 

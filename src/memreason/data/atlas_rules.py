@@ -10,7 +10,7 @@ from memreason.data.atlas_facts import Statement, read_statement, statement_true
 
 __all__ = ["answer_from", "memory_faults", "reason_fault"]
 
-Stated = dict[tuple[str, str], str]  # (country, relation), in small letters -> what the lines say
+Stated = dict[tuple[str, str], Statement]  # (country in small letters, relation) -> what the lines say
 ASKED = re.compile(r"(?:lie in|lies in|^is) (?P<asked>.+?)(?: the capital of .+)?\?$", re.IGNORECASE)
 SAME = re.compile(r"(?P<list>.+) are (?P<verdict>the same|different)\.")
 CHOSEN = re.compile(r"(?:The choice|The one in (?P<place>.+?)) is (?P<option>.+) \((?P<letter>[A-Z])\)\.")
@@ -20,7 +20,7 @@ def _stated(lines: Sequence[str]) -> Stated:
     """What memory lines say. Of two that say it of one country the first counts: it was read first."""
     found: Stated = {}
     for statement in filter(None, map(read_statement, lines)):
-        found.setdefault((statement.subject.casefold(), statement.relation), statement.value)
+        found.setdefault((statement.subject.casefold(), statement.relation), statement)
     return found
 
 
@@ -31,7 +31,7 @@ def _needed(question: Question) -> list[Statement]:
 def _values(question: Question, stated: Stated, relation: str) -> list[str] | None:
     """What the lines say of each country asked about, in order; None if one of them is not spoken of."""
     keys = [(fact.subject.casefold(), relation) for fact in _needed(question) if fact.relation == relation]
-    return [stated[key] for key in keys] if all(key in stated for key in keys) else None
+    return [stated[key].value for key in keys] if all(key in stated for key in keys) else None
 
 
 def _asked(question: Question) -> str:
@@ -62,7 +62,7 @@ def _letter(question: Question, wanted: Callable[[str], bool]) -> str | None:
 def _value_choice(question: Question, stated: Stated) -> str | None:
     relation = _needed(question)[-1].relation
     values = _values(question, stated, relation)
-    return values and _letter(question, lambda choice: choice.casefold() == values[0].casefold())  # type: ignore[return-value]
+    return _letter(question, lambda choice: choice.casefold() == values[0].casefold()) if values else None
 
 
 def _country_choice(question: Question, stated: Stated) -> str | None:
@@ -70,15 +70,14 @@ def _country_choice(question: Question, stated: Stated) -> str | None:
     if _values(question, stated, "continent") is None:
         return None
     asked = _asked(question).casefold()
-    return _letter(question, lambda choice: stated[choice.casefold(), "continent"].casefold() == asked)
+    return _letter(question, lambda choice: stated[choice.casefold(), "continent"].value.casefold() == asked)
 
 
 def memory_faults(question: Question, lines: Sequence[str]) -> list[str]:
     """What is wrong with the memory lines that the question needs: one is false, or missing."""
-    said = {(one.subject, one.relation): one for one in reversed([*filter(None, map(read_statement, lines))])}
-    faults = []
+    stated, faults = _stated(lines), []
     for fact in _needed(question):
-        one = said.get((fact.subject, fact.relation))
+        one = stated.get((fact.subject.casefold(), fact.relation))
         if one is None:
             faults.append(f"no line says the {fact.relation} of {fact.subject}")
         elif not statement_true(one):
@@ -115,6 +114,8 @@ def reason_fault(question: Question, lines: Sequence[str], reason: str) -> str |
         place = LETTERS.index(chosen["letter"])
         if place >= len(question.choices) or question.choices[place].casefold() != chosen["option"].casefold():
             return f"choice {chosen['letter']} is not {chosen['option']}"
+        if chosen["place"] and chosen["place"].casefold() != _asked(question).casefold():
+            return f"the question does not ask about {chosen['place']}"
         follows = answer_from(question, lines)
         return f"from the lines above follows {follows}" if follows not in (None, chosen["letter"]) else None
     return "it is no step that this question asks for"

@@ -19,7 +19,7 @@ from memreason.core.trace import Trace
 from memreason.label.endpoint import chat_format, reply_of
 from memreason.label.journal import Journal, Kept
 from memreason.label.outcome import Outcome
-from memreason.label.request import Request, key_of
+from memreason.label.request import Request
 from memreason.label.run import Job, play
 
 __all__ = ["BatchReport", "exchange"]
@@ -44,7 +44,7 @@ def exchange(folder: Path | str, traces: Sequence[Trace], job: Job, journal: Jou
     """Read the results in `folder`, settle the questions that they finish, write the requests that are open."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    report, prompts = BatchReport(), job.prompts
+    report = BatchReport()
     journal.unmark_batched([key for key, (file, _) in journal.batched().items() if not (folder / file).is_file()])
     for path in sorted(folder.glob("*.jsonl")):
         if not path.name.startswith("requests-") and not journal.is_read(digest := file_hash(path)):
@@ -53,11 +53,11 @@ def exchange(folder: Path | str, traces: Sequence[Trace], job: Job, journal: Jou
     waiting, fresh = journal.batched(), dict[str, Request]()
     ours = journal.claim([trace.question.id for trace in traces])
     for trace in (trace for trace in traces if trace.question.id in ours):
-        found = play(trace, job, prompts, journal)
+        found = play(trace, job, journal)
         if isinstance(found, Outcome):
             journal.settle(trace.question.id, found)
             report.settled += 1
-        elif (key := key_of(found, job.recipe.teacher, job.recipe.sample)) in waiting:
+        elif (key := job.key(found)) in waiting:
             report.waiting += 1
         else:
             fresh[key] = found

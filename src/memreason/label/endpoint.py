@@ -25,11 +25,12 @@ WAYS = ("schema", "json", "text")
 
 
 class Again(Exception):
-    """No reply this time; another try may bring one. `after`: seconds to wait, where the server said so."""
+    """No reply this time; another try may bring one. `after`: seconds to wait, where the server said so; `alive`: it
+    is there, and asks to be left alone for a while."""
 
-    def __init__(self, reason: str, after: float | None = None) -> None:
+    def __init__(self, reason: str, after: float | None = None, *, alive: bool = False) -> None:
         super().__init__(reason)
-        self.after = after
+        self.after, self.alive = after, alive
 
 
 class NoReply(Exception):
@@ -41,7 +42,7 @@ class Endpoint:
 
     def __init__(self, recipe: EndpointRecipe, teacher: TeacherRecipe) -> None:
         self.recipe, self.teacher = recipe, teacher
-        self.key = os.environ.get(recipe.key_env, "")
+        self.key = os.environ.get(recipe.key_env, "").strip()  # a file read into a variable ends in a line break
         if not self.key and OPENAI in recipe.base_url:
             raise TeacherError(f"{recipe.base_url}: no key. Put it into the environment: export {recipe.key_env}=...")
         self.client = openai.AsyncOpenAI(
@@ -81,7 +82,7 @@ class Endpoint:
         except openai.APIError as error:
             raise self._understood(error) from error
         except ValueError as error:
-            raise self._failed(f"the reply is not JSON ({error})") from error
+            raise self._failed(f"the reply is not JSON ({self.hide(error)})") from error
         finally:
             self.probing = False
         self.failures = 0
@@ -127,7 +128,7 @@ class Endpoint:
                 return TeacherError(f"{where}: the credit of this key is used up (HTTP 429). It says: {said}")
             after = _retry_after(error)
             self.rest(after or 1.0)
-            return Again(f"{where}: too many requests (HTTP 429)", after)
+            return Again(f"{where}: too many requests (HTTP 429)", after, alive=True)
         if isinstance(error, openai.APIStatusError) and error.status_code < 500 and error.status_code not in (408, 409):
             return NoReply(f"{where}: HTTP {error.status_code}: {said}")
         return self._failed(said, _retry_after(error))

@@ -132,7 +132,8 @@ class Journal:
 
     def keep(self, *replies: Kept) -> None:
         """Write replies down, before anything else is asked."""
-        self._write(*map(_insert, replies))
+        if replies:
+            self._write(*map(_insert, replies))
 
     def settle(self, question: str, outcome: Outcome, *replies: Kept) -> None:
         """Write down what became of a question, with the replies that led there, and let go of it."""
@@ -195,14 +196,15 @@ class Journal:
             raise DataError(f"{other}: no such journal")
         try:
             self.base.execute("attach database ? as other", (str(other),))
-            self._write(
-                ("insert or ignore into replies select * from other.replies", ()),
-                ("delete from outcomes where status = 'failed'", ()),
-                ("insert or ignore into outcomes select * from other.outcomes where status != 'failed'", ()),
-            )
-            self.base.execute("detach database other")
+            self.base.execute("select 1 from other.replies, other.outcomes limit 1")
         except sqlite3.DatabaseError as error:
             raise DataError(f"{other}: cannot be read as a journal ({error})") from error
+        self._write(
+            ("insert or ignore into replies select * from other.replies", ()),
+            ("delete from outcomes where status = 'failed'", ()),
+            ("insert or ignore into outcomes select * from other.outcomes where status != 'failed'", ()),
+        )
+        self.base.execute("detach database other")
 
 
 def _insert(kept: Kept) -> tuple[str, tuple[Any, ...]]:

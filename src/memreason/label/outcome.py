@@ -6,7 +6,6 @@ a run was stopped, to the letter; an asynchronous run, a batch file and a test d
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -34,11 +33,6 @@ class Outcome:
     status: Literal["accepted", "rejected", "failed"]
     trace: Trace | None = None
     history: tuple[dict[str, Any], ...] = ()
-
-    @property
-    def counts(self) -> Counter[str]:
-        """How often each check failed on the way."""
-        return Counter(name for entry in self.history for name in entry["checks"])
 
 
 Labelling = Generator[Request, Reply, Outcome]

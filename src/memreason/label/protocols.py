@@ -125,7 +125,7 @@ def _tag(trace: Trace, prompts: Prompts) -> Talk:
     """Lines that are there keep their texts and only get kinds."""
     lines = [step.text for step in trace.steps]
     if not lines:
-        raise Failed("no_lines", "the question has no lines that could be tagged", None)
+        raise Failed("no_lines", "the question has no lines that could be tagged")
     messages = prompts.messages("tag", trace.question, lines=lines)
     kinds = (yield Request("tag", trace.question.id, messages, _object(kinds=_list(KIND))))["kinds"]
     if not isinstance(kinds, list) or len(kinds) != len(lines):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import json_repair
@@ -50,9 +50,6 @@ class Reply:
     seconds: float = 0.0
     endpoint: str = ""
 
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
 
 @dataclass
 class Failed(Exception):
@@ -60,12 +57,12 @@ class Failed(Exception):
 
     name: str
     reason: str
-    content: str | None = field(default=None)
 
 
-def key_of(request: Request, teacher: TeacherRecipe, sample: int) -> str:
-    """Names a request in the journal: 32 hex digits of body, schema, purpose and sample; not of the endpoint."""
-    parts = [request.body(teacher), request.schema, request.purpose, request.question, sample]
+def key_of(request: Request, teacher: TeacherRecipe, sample: int, weights: str = "") -> str:
+    """Names a request in the journal: 32 hex digits of body, schema, purpose, sample and the weights of a model that
+    runs here; not of the endpoint."""
+    parts = [request.body(teacher), request.schema, request.purpose, request.question, sample, weights]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
 
@@ -73,9 +70,9 @@ def content_of(reply: Reply, request: Request) -> Any:
     """The reply's text, or with a schema the object that it holds. Raises Failed for what is no whole reply."""
     text = THOUGHT.sub("", reply.content or "", count=1).strip()
     if reply.refusal or (text and REFUSAL.match(text)):
-        raise Failed("refused", "the reply was a refusal", text or reply.refusal)
+        raise Failed("refused", "the reply was a refusal")
     if reply.finish_reason == "length":
-        raise Failed("truncated", "the reply was cut off at the limit of tokens; be shorter", text)
+        raise Failed("truncated", "the reply was cut off at the limit of tokens; be shorter")
     if not text:
         raise Failed("no_content", f"the reply was empty (finish reason {reply.finish_reason!r})")
     if request.schema is None:
@@ -83,7 +80,7 @@ def content_of(reply: Reply, request: Request) -> Any:
     found = _object(text)
     missing = [name for name in request.schema["required"] if not isinstance(found, dict) or name not in found]
     if missing:
-        raise Failed("not_json", f"the reply is not one JSON object with {' and '.join(missing)}", text)
+        raise Failed("not_json", f"the reply is not one JSON object with {' and '.join(missing)}")
     return found
 
 

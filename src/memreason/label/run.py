@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import gc
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 
 from tqdm import tqdm
 
@@ -34,8 +34,9 @@ class Job:
 
     recipe: LabelRecipe
     right: Right
+    weights: str = ""  # of a teacher that runs here: trained anew, it is another one
 
-    @property
+    @cached_property
     def prompts(self) -> Prompts:
         return Prompts(PROTOCOLS[self.recipe.protocol].purposes, self.recipe.prompts, self.recipe.checks)
 
@@ -45,21 +46,31 @@ class Job:
         recipe, teacher = self.recipe, self.recipe.teacher
         settings = recipe.model_dump(include={"protocol", "checks", "attempts", "sample"})
         settings |= teacher.model_dump(include={"model", "temperature", "top_p", "max_tokens"})
-        return settings_hash({**settings, "prompts": self.prompts.version})
+        return settings_hash({**settings, "prompts": self.prompts.version, "weights": self.weights})
+
+    def key(self, request: Request) -> str:
+        """The request's name in the journal."""
+        return key_of(request, self.recipe.teacher, self.recipe.sample, self.weights)
+
+    def kept(self, request: Request, reply: Reply) -> Kept:
+        """A reply as it goes into the journal."""
+        recipe = self.recipe
+        return Kept(self.key(request), request.question, request.purpose, recipe.sample, recipe.teacher.model, reply)
+
+    def talk(self, trace: Trace) -> Labelling:
+        return label_trace(trace, self.recipe, self.prompts, self.right)
 
 
 @dataclass
 class Tally:
-    """What a run did: outcomes of this run, those that were there before, and what they took."""
+    """What a run did: its outcomes, and what they took."""
 
     accepted: int = 0
     rejected: int = 0
     failed: int = 0
-    before: int = 0  # has an outcome, or is being labelled by another process
     replies: int = 0
     prompt_tokens: int = 0
     completion_tokens: int = 0
-    checks: Counter[str] = field(default_factory=Counter)
 
     @property
     def done(self) -> int:
@@ -67,7 +78,6 @@ class Tally:
 
     def add(self, outcome: Outcome) -> None:
         setattr(self, outcome.status, getattr(self, outcome.status) + 1)
-        self.checks += outcome.counts
 
     def pay(self, reply: Reply) -> None:
         self.replies += 1
@@ -90,11 +100,11 @@ def _advance(talk: Labelling, reply: Reply | None) -> Request | Outcome:
         return outcome
 
 
-def play(trace: Trace, job: Job, prompts: Prompts, journal: Journal) -> Request | Outcome:
+def play(trace: Trace, job: Job, journal: Journal) -> Request | Outcome:
     """How far the journal's replies bring a question: its outcome, or the next request that has no reply yet."""
-    talk, reply = label_trace(trace, job.recipe, prompts, job.right), None
+    talk, reply = job.talk(trace), None
     while not isinstance(found := _advance(talk, reply), Outcome):
-        reply = journal.find(key_of(found, job.recipe.teacher, job.recipe.sample))
+        reply = journal.find(job.key(found))
         if reply is None:
             return found
     return found
@@ -114,18 +124,13 @@ async def label_all(
 
     Raises TeacherError as soon as no request would be answered; what was labelled by then is in the journal.
     """
-    tally, prompts = Tally(), job.prompts
+    tally = Tally()
     with _seldom_collected(), tqdm(total=len(traces), desc=label, unit="q", smoothing=0.05) as bar:
-
-        def pass_over(count: int) -> None:
-            tally.before += count
-            bar.update(count)
-
-        waiting = _claimed(traces, journal, pass_over)
+        waiting = _claimed(traces, journal, bar.update)
 
         async def work() -> None:
             for trace in waiting:  # one iterator for all workers
-                await _label(trace, job, prompts, teacher, journal, tally)
+                await _label(trace, job, teacher, journal, tally)
                 if bar.update():  # it was drawn: the next time with these figures
                     bar.set_postfix_str(tally.say(price), refresh=False)
 
@@ -153,7 +158,7 @@ def _seldom_collected() -> Iterator[None]:
         gc.unfreeze()
 
 
-def _claimed(traces: Sequence[Trace], journal: Journal, pass_over: Callable[[int], None]) -> Iterator[Trace]:
+def _claimed(traces: Sequence[Trace], journal: Journal, pass_over: Callable[[int], object]) -> Iterator[Trace]:
     """Claim questions a block at a time; those that have an outcome, or that another process works on, are not ours."""
     for start in range(0, len(traces), BLOCK):
         block = traces[start : start + BLOCK]
@@ -162,24 +167,24 @@ def _claimed(traces: Sequence[Trace], journal: Journal, pass_over: Callable[[int
         yield from (trace for trace in block if trace.question.id in ours)
 
 
-async def _label(trace: Trace, job: Job, prompts: Prompts, teacher: Teacher, journal: Journal, tally: Tally) -> None:
+async def _label(trace: Trace, job: Job, teacher: Teacher, journal: Journal, tally: Tally) -> None:
     """Play the journal's replies, and ask for what it lacks, until there is an outcome."""
-    recipe, talk, reply = job.recipe, label_trace(trace, job.recipe, prompts, job.right), None
+    talk, reply = job.talk(trace), None
     fresh: list[Kept] = []  # at most one: it goes into the journal before anything else is asked, or with the outcome
-    while not isinstance(found := _advance(talk, reply), Outcome):
-        key = key_of(found, recipe.teacher, recipe.sample)
-        reply = journal.find(key)
-        if reply is not None:
-            continue
-        if fresh:
-            journal.keep(*fresh)
-        try:
-            reply = await teacher.ask(found)
-        except NoReply as error:
-            entry = {"purpose": found.purpose, "checks": ["no_reply"], "reasons": str(error), "reply": None}
-            found, fresh = Outcome("failed", None, (entry,)), []
-            break
-        fresh = [Kept(key, trace.question.id, found.purpose, recipe.sample, recipe.teacher.model, reply)]
-        tally.pay(reply)
+    try:
+        while not isinstance(found := _advance(talk, reply), Outcome):
+            reply = journal.find(job.key(found))
+            if reply is None:
+                journal.keep(*fresh)
+                reply = await teacher.ask(found)
+                fresh = [job.kept(found, reply)]
+                tally.pay(reply)
+    except NoReply as error:
+        assert isinstance(found, Request)
+        entry = {"purpose": found.purpose, "checks": ["no_reply"], "reasons": str(error), "reply": None}
+        found = Outcome("failed", None, (entry,))
+    except BaseException:
+        journal.keep(*fresh)  # a prompt that cannot be rendered must not cost the reply before it
+        raise
     journal.settle(trace.question.id, found, *fresh)
     tally.add(found)

@@ -91,7 +91,7 @@ class OpenAITeacher:
     def _impatient(self, error: Again) -> None:
         now = time.monotonic()
         self.failing_since = self.failing_since or now
-        patience = self.recipe.patience if self.replied else min(NEVER, self.recipe.patience)
+        patience = self.recipe.patience if self.replied or error.alive else min(NEVER, self.recipe.patience)
         if now - self.failing_since > patience:
             raise TeacherError(
                 f"no reply for {patience:g} s from any of {len(self.endpoints)} endpoints. "
