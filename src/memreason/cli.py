@@ -15,8 +15,8 @@ from memreason.verbs import GROUPS, VERBS
 
 __all__ = ["main"]
 
-EPILOG = """any field of a recipe can be given as a flag: --train.learning_rate 1e-3 --data.n_train 500
-the published argument lists of train.py and eval.py are accepted by train and eval as they are"""
+EPILOG = """any field of a recipe can be given as a flag: {fields}"""
+PUBLISHED = "the published argument lists of train.py and eval.py are accepted by train and eval as they are"
 
 
 class _Parser(argparse.ArgumentParser):
@@ -29,7 +29,12 @@ class _Parser(argparse.ArgumentParser):
 def _parser() -> argparse.ArgumentParser:
     about = "Fine-tune open LLMs so that every line of an answer says whether it is memory or reason."
     style: dict[str, Any] = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
-    parser = _Parser(prog="memreason", description=about, epilog=EPILOG, **style)
+    parser = _Parser(
+        prog="memreason",
+        description=about,
+        epilog=f"{EPILOG.format(fields=VERBS['train'].fields)}\n{PUBLISHED}",
+        **style,
+    )
     top = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     groups: dict[str, Any] = {"": top}
     for name, verb in VERBS.items():
@@ -37,7 +42,7 @@ def _parser() -> argparse.ArgumentParser:
         if group not in groups:
             one = top.add_parser(group, help=GROUPS[group], description=GROUPS[group], **style)
             groups[group] = one.add_subparsers(dest="action", required=True, metavar="ACTION")
-        epilog = EPILOG if verb.overrides else None
+        epilog = EPILOG.format(fields=verb.fields) if verb.fields else None
         one = groups[group].add_parser(last, help=verb.text, description=verb.text, epilog=epilog, **style)
         for flag, settings in verb.arguments.items():
             one.add_argument(flag, **settings)
@@ -48,7 +53,7 @@ def _parser() -> argparse.ArgumentParser:
 def _part(words: Sequence[str]) -> tuple[list[str], list[str]]:
     """A verb's own words, and the recipe's fields with their values, which argparse would take for positionals."""
     verb = VERBS.get(words[0]) if words else None
-    if verb is None or not verb.overrides:
+    if verb is None or not verb.fields:
         return list(words), []
     own, fields = [words[0]], []
     rest = [word for word in words[1:] if word.strip()]  # a line break of a pasted command

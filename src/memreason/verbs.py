@@ -124,12 +124,12 @@ def _bench(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
 
 
 class Verb(NamedTuple):
-    """A command: its function, one line of help, its arguments, and whether it takes a recipe's fields as flags."""
+    """A command: its function, one line of help, its arguments, and examples of a recipe's fields if it takes them."""
 
     function: Callable[[argparse.Namespace, Sequence[str]], None]
     text: str
     arguments: dict[str, dict[str, Any]]
-    overrides: bool = False
+    fields: str = ""
 
 
 TRAIN = {
@@ -142,8 +142,10 @@ TRAIN = {
 RUN = {"help": "run (its best checkpoint) or checkpoint"}
 BASE = {"metavar": "MODEL", "help": "base model, where it is not the recipe's"}
 VERBS = {
-    "run": Verb(_train, "data, training and evaluation of a recipe", TRAIN, True),
-    "train": Verb(_train, "train a recipe", TRAIN, True),
+    "run": Verb(
+        _train, "data, training and evaluation of a recipe", TRAIN, "--train.learning_rate 1e-3 --data.n_train 500"
+    ),
+    "train": Verb(_train, "train a recipe", TRAIN, "--train.learning_rate 1e-3 --data.n_train 500"),
     "eval": Verb(
         _eval,
         "evaluate a run or checkpoint, on its own task or another",
@@ -153,7 +155,7 @@ VERBS = {
             "--show": {"type": int, "default": 0, "metavar": "N", "help": "print N coloured traces"},
             "--base": BASE,
         },
-        True,
+        "--eval.n 100 --eval.batch_size 64",
     ),
     "faults": Verb(
         _faults,
@@ -163,7 +165,7 @@ VERBS = {
             "--counterfactual": {"action": "store_true", "help": "also answer anew with gold and placebo memory lines"},
             "--base": BASE,
         },
-        True,
+        "--eval.n 100 --eval.batch_size 64",
     ),
     "ask": Verb(
         _ask,

@@ -74,6 +74,6 @@ LABEL: dict[str, tuple[Any, ...]] = {
             "--export": {"type": Path, "metavar": "FILE", "help": "write every reply to a JSONL file"},
             "--print-recipe": {"action": "store_true", "help": "print the resolved recipe and stop"},
         },
-        True,
+        "--protocol single --n 500 --teacher.temperature 0.7 --checks.max_steps 8",
     )
 }
