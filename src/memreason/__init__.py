@@ -26,7 +26,7 @@ _PUBLIC = {
     "answer_questions": "memreason.generate.answer",
     "ask": "memreason.pipeline",
     "evaluate": "memreason.pipeline",
-    "faults": "memreason.pipeline",
+    "faults": "memreason.inside",
     "import_published": "memreason.data.published",
     "label_questions": "memreason.labels",
     "load_checkpoint": "memreason.finetune.checkpoint",

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from memreason.core.errors import RecipeError
 from memreason.verbs_data import DATA
+from memreason.verbs_inside import BASE, INSIDE, RUN, settings_of
 from memreason.verbs_label import LABEL
 
 __all__ = ["GROUPS", "VERBS", "Verb"]
@@ -76,35 +77,9 @@ def _eval(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
     loaded = load_checkpoint(path, base=base, **changes)
     for line in differences(values, loaded.recipe) if published else ():
         note(line)
-    results = pipeline.evaluate(path, settings=_settings(loaded, fields), base=base, checkpoint=loaded, **changes)
+    results = pipeline.evaluate(path, settings=settings_of(loaded, fields), base=base, checkpoint=loaded, **changes)
     print_samples(results, arguments.show)
     print_results(results)
-
-
-def _settings(loaded: Any, fields: dict[str, Any]) -> Any:
-    """How the run was to be evaluated, with what is given now."""
-    from memreason.core.recipe import load_recipe
-
-    trained = {f"eval.{key}": value for key, value in loaded.recipe.eval.model_dump().items()}
-    return load_recipe(None, {**trained, **fields}).eval
-
-
-def _faults(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
-    from memreason import pipeline
-    from memreason.finetune.checkpoint import load_checkpoint
-    from memreason.published import pairs
-    from memreason.report.terminal import print_faults
-
-    loaded = load_checkpoint(arguments.path, base=arguments.base)
-    settings = _settings(loaded, dict(pairs(rest)))
-    found = pipeline.faults(
-        arguments.path,
-        settings=settings,
-        base=arguments.base,
-        checkpoint=loaded,
-        counterfactual=arguments.counterfactual,
-    )
-    print_faults(found)
 
 
 def _ask(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
@@ -139,8 +114,6 @@ TRAIN = {
     "--dry-run": {"action": "store_true", "help": "show examples and costs, train nothing"},
     "--fresh": {"action": "store_true", "help": "set an earlier run in that folder aside"},
 }
-RUN = {"help": "run (its best checkpoint) or checkpoint"}
-BASE = {"metavar": "MODEL", "help": "base model, where it is not the recipe's"}
 VERBS = {
     "run": Verb(
         _train, "data, training and evaluation of a recipe", TRAIN, "--train.learning_rate 1e-3 --data.n_train 500"
@@ -153,16 +126,6 @@ VERBS = {
             "path": {"nargs": "?", **RUN},
             "--task": {"help": "another task, or a .jsonl file of own questions"},
             "--show": {"type": int, "default": 0, "metavar": "N", "help": "print N coloured traces"},
-            "--base": BASE,
-        },
-        "--eval.n 100 --eval.batch_size 64",
-    ),
-    "faults": Verb(
-        _faults,
-        "whose fault each wrong answer is: memory, reason or format (exactly, on atlas)",
-        {
-            "path": RUN,
-            "--counterfactual": {"action": "store_true", "help": "also answer anew with gold and placebo memory lines"},
             "--base": BASE,
         },
         "--eval.n 100 --eval.batch_size 64",
@@ -192,5 +155,5 @@ VERBS = {
         },
     ),
 }
-VERBS |= {name: Verb(*row) for name, row in (LABEL | DATA).items()}
+VERBS |= {name: Verb(*row) for name, row in (INSIDE | LABEL | DATA).items()}
 GROUPS = {"data": "questions and traces", "models": "base models"}

@@ -55,13 +55,20 @@ class Question:
 
 @dataclass(frozen=True)
 class Step:
-    """One line of a trace: its kinds (usually one) and a text without line breaks."""
+    """One line of a trace: its kinds (usually one) and a text without line breaks.
+
+    `source` is the id of the passage that a retrieved line was taken from, and empty for any other line.
+    """
 
     kinds: tuple[str, ...]
     text: str
+    source: str = ""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "text", re.sub(r"\s*[\r\n\v\f\x85\u2028\u2029]+\s*", " ", self.text).strip())
+
+    def to_json(self) -> dict[str, Any]:
+        return {"kinds": list(self.kinds), "text": self.text, **({"source": self.source} if self.source else {})}
 
 
 @dataclass(frozen=True)
@@ -96,7 +103,7 @@ class Trace:
             "question": question.text,
             "choices": None if question.choices is None else list(question.choices),
             "answer": question.answer,
-            "steps": [{"kinds": list(step.kinds), "text": step.text} for step in self.steps],
+            "steps": [step.to_json() for step in self.steps],
             "facts": None if question.facts is None else list(question.facts),
             "meta": {**question.meta, **self.meta},
         }
@@ -136,7 +143,8 @@ class Trace:
 def _step(step: Any) -> Step:
     if isinstance(step, str):
         return Step((), step)
-    return Step((step["kinds"],) if isinstance(step["kinds"], str) else tuple(step["kinds"]), step["text"])
+    kinds = (step["kinds"],) if isinstance(step["kinds"], str) else tuple(step["kinds"])
+    return Step(kinds, step["text"], str(step.get("source") or ""))
 
 
 def _problems(line: Any) -> Any:

@@ -192,7 +192,7 @@ class Codec:
         for step in steps:
             if self.scheme.placement == "each_step":
                 yield self._line_block(step.kinds), True
-            yield " " + step.text + self.scheme.line_ending, True
+            yield " " + step.text + self.scheme.line_ending, not step.source  # what was retrieved teaches nothing
 
     def step_ids(self, steps: Sequence[Step]) -> list[int]:
         """Ids of lines alone, as they stand in a trace."""

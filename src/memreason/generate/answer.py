@@ -85,7 +85,7 @@ def _settle(folder: Path, lines: list[Sample]) -> None:
 
 
 def _sample(codec: Codec, generation: Generation) -> Sample:
-    """One line of samples.jsonl: the trace, its ids, and the log-probability of each generated one.
+    """One line of samples.jsonl: the trace, its ids, and log-probability, entropy and margin of each generated one.
 
     meta: `sample` (which of n), `given` (ids of the opening block, which has no log-probability) and `spans`
     (for each step the place of its ids, so that `ids[a:b]` and `logprobs[a - given : b - given]` are the step's).
@@ -98,5 +98,7 @@ def _sample(codec: Codec, generation: Generation) -> Sample:
         **trace.to_json(),
         "ids": generation.ids,
         "logprobs": [round(value, 5) for value in generation.logprobs],
+        "entropies": [round(value, 4) for value in generation.entropies],
+        "margins": [round(value, 4) for value in generation.margins],
         "meta": {**generation.question.meta, **trace.meta, "sample": generation.sample, "given": given},
     }

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from memreason.core.recipe import EvalRecipe
-from memreason.encode.scheme import ANSWER, Codec
+from memreason.encode.scheme import ANSWER, PREFIX, Codec
 
-__all__ = ["Choose", "chooser", "drafts_of", "take"]
+__all__ = ["Choose", "Taken", "chooser", "drafts_of", "take"]
 
 Choose = Callable[[Tensor, Sequence[float]], Tensor]
 
@@ -41,14 +41,29 @@ def chooser(model: nn.Module, settings: EvalRecipe) -> Choose:
     return sample
 
 
-def take(logits: Tensor, points: Sequence[float], choose: Choose) -> Iterator[tuple[int, float]]:
-    """A token for each row of logits, and its log-probability."""
+class Taken(NamedTuple):
+    """A token that was taken: its log-probability, and of the distribution it came from the entropy (nats) and the
+    margin (probability of the likeliest token less that of the next)."""
+
+    token: int
+    logprob: float
+    entropy: float
+    margin: float
+
+
+def take(logits: Tensor, points: Sequence[float], choose: Choose) -> Iterator[Taken]:
+    """A token for each row of logits."""
     logits = logits.float()  # the largest of bf16 numbers takes five times as long to find
     chosen = choose(logits, points)
     picked = logits.gather(1, chosen[:, None]).squeeze(1)
-    most = logits.amax(dim=-1, keepdim=True)
-    total = logits.sub_(most).exp_().sum(dim=-1).log_() + most.squeeze(1)  # logsumexp would make copies
-    return zip(chosen.tolist(), (picked - total).tolist(), strict=True)
+    most, best = logits.max(dim=-1, keepdim=True)
+    logits.sub_(most)
+    weights = logits.exp()
+    total = weights.sum(dim=-1)
+    entropy = total.log() - torch.linalg.vecdot(weights, logits) / total
+    margin = (1 - weights.scatter_(1, best, 0).amax(dim=-1)) / total  # of the best itself the weight is 1
+    logprob = picked - most.squeeze(1) - total.log()
+    return map(Taken, chosen.tolist(), logprob.tolist(), entropy.tolist(), margin.tolist())
 
 
 def drafts_of(codec: Codec) -> dict[int, list[int]]:
@@ -60,7 +75,8 @@ def drafts_of(codec: Codec) -> dict[int, list[int]]:
         if name == ANSWER:
             ids += codec.encode(scheme.answer_template.split("{answer}")[0].rstrip())
         drafts |= {token: ids[n + 1 :] for n, token in enumerate(ids) if token in codec.blocks[name] and ids[n + 1 :]}
-    if scheme.placement == "each_step" and codec.opening():
+    opening = list(codec.block(PREFIX))  # not codec.opening(), which is empty where a prompt holds it already
+    if scheme.placement == "each_step" and opening:
         ends = {line[-1] for text in ("", "a", "a.") if (line := codec.encode(text + scheme.line_ending))}
-        drafts |= dict.fromkeys(ends, codec.opening())
+        drafts |= dict.fromkeys(ends, opening)
     return drafts

@@ -1,8 +1,9 @@
-"""Generating on from steps that are given: what a trace would have become with other lines above."""
+"""Generating on from ids or steps that are given: what a trace would have become with other lines above."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import chain
 
 from torch import nn
@@ -11,13 +12,14 @@ from memreason.core.errors import ModelError
 from memreason.core.recipe import EvalRecipe
 from memreason.core.trace import Question, Trace
 from memreason.encode.scheme import Codec
-from memreason.generate.engine import generate
+from memreason.generate.engine import Generation, generate
+from memreason.generate.rows import Until
 
-__all__ = ["PromptCodec", "continue_traces"]
+__all__ = ["PromptCodec", "begun_ids", "continue_ids", "continue_traces"]
 
 
 class PromptCodec(Codec):
-    """A codec that gives each question, by its id, a prompt of its own."""
+    """A codec that gives each question, by its id, a prompt of its own, with nothing put behind it."""
 
     def __init__(self, codec: Codec, prompts: Mapping[str, Sequence[int]]) -> None:
         self.__dict__.update(codec.__dict__)  # the same tables: nothing is made anew
@@ -26,17 +28,45 @@ class PromptCodec(Codec):
     def question_ids(self, question: Question) -> list[int]:
         return list(self.prompts[question.id])
 
+    def opening(self) -> list[int]:
+        return []
 
-def continue_traces(model: nn.Module, codec: Codec, begun: Sequence[Trace], settings: EvalRecipe) -> Iterator[Trace]:
-    """Each question once, its given steps kept and everything behind them generated. In no particular order.
+
+def begun_ids(codec: Codec, trace: Trace) -> list[int]:
+    """Ids of a trace's steps and of the block that opens what comes next.
 
     Raises ModelError for a scheme whose lines carry no blocks: a given line would not say what it is.
     """
     if codec.scheme.placement != "each_step":
         raise ModelError(f"placement {codec.scheme.placement}: lines can be given only where each carries its block")
-    given = {trace.question.id: codec.step_ids(trace.steps) for trace in begun}
-    asked = [trace.question for trace in begun]
-    prompts = {question.id: codec.question_ids(question) + given[question.id] for question in asked}
-    batches = generate(model, PromptCodec(codec, prompts), asked, settings.model_copy(update={"n_samples": 1}))
-    for one in chain.from_iterable(batches):
-        yield codec.parse(one.question, given[one.question.id] + one.ids)
+    return codec.step_ids(trace.steps) + codec.opening()
+
+
+def continue_ids(
+    model: nn.Module,
+    codec: Codec,
+    questions: Sequence[Question],
+    given: Mapping[str, Sequence[int]],
+    settings: EvalRecipe,
+    *,
+    until: Until | None = None,
+) -> Iterator[Generation]:
+    """Each question once, in no particular order: the ids given for it (by its id), and what is generated behind them.
+
+    The generations' ids are those of the whole trace, their log-probabilities those of the generated part. `until`
+    gets the generated ids alone.
+    """
+    prompts = {question.id: codec.question_ids(question) + list(given[question.id]) for question in questions}
+    once = settings.model_copy(update={"n_samples": 1})
+    for one in chain.from_iterable(generate(model, PromptCodec(codec, prompts), questions, once, until=until)):
+        yield replace(one, ids=[*given[one.question.id], *one.ids])
+
+
+def continue_traces(model: nn.Module, codec: Codec, begun: Sequence[Trace], settings: EvalRecipe) -> Iterator[Trace]:
+    """Each question once, its given steps kept and everything behind them generated. In no particular order.
+
+    Raises ModelError for a scheme whose lines carry no blocks.
+    """
+    given = {trace.question.id: begun_ids(codec, trace) for trace in begun}
+    for one in continue_ids(model, codec, [trace.question for trace in begun], given, settings):
+        yield codec.parse(one.question, one.ids)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from memreason.core.recipe import EvalRecipe
 from memreason.finetune.methods import merged
-from memreason.generate.rows import Generation, Row
+from memreason.generate.choose import take
+from memreason.generate.rows import Row
 
 __all__ = ["generate_plainly"]
 
@@ -17,8 +21,8 @@ BATCH = 8  # the logits of every step are kept until a batch ends
 
 
 def generate_plainly(
-    model: Any, rows: list[Row], settings: EvalRecipe, opening: list[int], eos: int
-) -> Iterator[list[Generation]]:
+    model: Any, waiting: deque[Row], settings: EvalRecipe, eos: int, more: Callable[[], bool]
+) -> Iterator[list[Row]]:
     """Answer rows batch by batch, in their order. Sampled answers depend on the batch here."""
     ways: dict[str, dict[str, Any]] = {
         "greedy": {"do_sample": False},
@@ -27,14 +31,14 @@ def generate_plainly(
     }
     with merged(model), torch.inference_mode(), torch.random.fork_rng():
         torch.manual_seed(settings.seed)
-        for first in range(0, len(rows), BATCH):
-            batch = rows[first : first + BATCH]
+        while waiting or more():
+            batch = [waiting.popleft() for _ in range(min(BATCH, len(waiting)))]
             _answer(model, batch, eos, ways[settings.decoding])
-            yield [Generation(row.question, row.sample, opening + row.ids, row.logprobs) for row in batch]
+            yield batch
 
 
 def _answer(model: Any, rows: list[Row], eos: int, way: dict[str, Any]) -> None:
-    """Fill in ids and log-probabilities of a batch."""
+    """Fill in the tokens of a batch."""
     device = next(model.parameters()).device
     longest = max(len(row.pending) for row in rows)
     pads = [longest - len(row.pending) for row in rows]
@@ -48,8 +52,14 @@ def _answer(model: Any, rows: list[Row], eos: int, way: dict[str, Any]) -> None:
         output_logits=True,
         **way,
     )
-    ids = out.sequences[:, longest:]
-    scores = torch.stack(out.logits, dim=1).float().log_softmax(dim=-1).gather(2, ids[..., None]).squeeze(2)
-    for row, made, logprobs in zip(rows, ids.tolist(), scores.tolist(), strict=True):
-        end = min(row.limit, made.index(eos) + 1 if eos in made else row.limit)
-        row.ids, row.logprobs = made[:end], logprobs[:end]
+    for place, row in enumerate(rows):
+        logits = torch.stack([step[place] for step in out.logits])
+        for one in take(logits, (), partial(_chosen, out.sequences[place, longest:])):
+            row.take(one)
+            if row.ended(eos):
+                break
+
+
+def _chosen(made: Tensor, logits: Tensor, points: Sequence[float]) -> Tensor:
+    """What Transformers chose already."""
+    return made

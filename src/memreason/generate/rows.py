@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -9,34 +10,56 @@ import torch
 from memreason.core.recipe import EvalRecipe
 from memreason.core.trace import Question
 from memreason.encode.scheme import Codec
+from memreason.generate.choose import Taken
 
-__all__ = ["Generation", "Row", "start"]
+__all__ = ["Generation", "Row", "Until", "start"]
+
+Until = Callable[[Sequence[int]], bool]  # generated ids so far -> whether to stop behind the last one
 
 
 @dataclass(frozen=True)
 class Generation:
-    """Ids of one generated trace (its opening block included) and the log-probability of each generated one."""
+    """Ids of one generated trace (its opening block included), and of each generated one its log-probability, and
+    entropy (nats) and margin of the distribution that it was taken from."""
 
     question: Question
     sample: int
     ids: list[int]
     logprobs: list[float]
+    entropies: list[float]
+    margins: list[float]
 
 
 @dataclass
 class Row:
-    """A question being answered. `fed` tokens have keys and values; `pending` go in next, its last `drafted` unsure."""
+    """A question being answered. `fed` tokens have keys and values; `pending` go in next, its last `drafted` unsure.
+
+    It ends with EOS, at its limit, or where `until` says so.
+    """
 
     question: Question
     sample: int
     limit: int
     pending: list[int]
     random: torch.Generator
+    until: Until | None = None
     fed: int = 0
     drafted: int = 0
     ids: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
+    taken: list[Taken] = field(default_factory=list)
     draws: list[float] = field(default_factory=list)
+
+    def take(self, one: Taken) -> None:
+        self.ids.append(one.token)
+        self.taken.append(one)
+
+    def ended(self, eos: int) -> bool:
+        return self.ids[-1] == eos or len(self.ids) == self.limit or bool(self.until and self.until(self.ids))
+
+    def generation(self, opening: list[int]) -> Generation:
+        figures = zip(*self.taken, strict=True) if self.taken else ((),) * 4
+        _, logprobs, entropies, margins = map(list, figures)
+        return Generation(self.question, self.sample, opening + self.ids, logprobs, entropies, margins)
 
     def draw(self, number: int) -> float:
         """The random number of generated token `number`: the same one whether it was drafted or not."""
@@ -45,13 +68,20 @@ class Row:
         return self.draws[number]
 
 
-def start(codec: Codec, question: Question, sample: int, settings: EvalRecipe, positions: int | None) -> Row:
+def start(
+    codec: Codec,
+    question: Question,
+    sample: int,
+    settings: EvalRecipe,
+    positions: int | None,
+    until: Until | None = None,
+) -> Row:
     prompt = codec.question_ids(question) + codec.opening()
     whole = settings.max_length or len(prompt) + settings.max_new_tokens  # the published limit counts the prompt
     limit = min(whole, positions or whole) - len(prompt)
     seed = int(question.id[:12], 16) if _is_hex(question.id[:12]) else sum(question.id.encode())
     random = torch.Generator().manual_seed((seed ^ (settings.seed * 1000003 + sample)) % 2**63)
-    return Row(question, sample, limit, prompt, random)
+    return Row(question, sample, limit, prompt, random, until)
 
 
 def _is_hex(text: str) -> bool:
