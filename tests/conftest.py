@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import shutil
+from collections import Counter
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +69,37 @@ def unigram() -> PreTrainedTokenizerFast:
     )
     tokenizer.train_from_iterator(TEXTS * 4, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="</s>")
+
+
+NO_BROWSER = "no Chromium here"
+BROWSER_FLAGS = ("gpu", "background-networking", "component-update", "sync")  # what Chromium shall leave alone
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Any]:
+    """The system's Chromium, driven by Playwright; tests that need it are left out where there is none."""
+    path = shutil.which("chromium")
+    if not path:
+        pytest.skip(NO_BROWSER)
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        flags = ["--no-sandbox", "--no-first-run", *(f"--disable-{name}" for name in BROWSER_FLAGS)]
+        one = playwright.chromium.launch(executable_path=path, args=flags)
+        yield one
+        one.close()
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_sessionfinish(session: pytest.Session) -> Generator[None]:
+    """Behind all else, as the last line: which tests the want of a browser left out."""
+    yield
+    terminal = session.config.pluginmanager.get_plugin("terminalreporter")
+    skipped = terminal.stats.get("skipped", ()) if terminal else ()
+    files = Counter(one.nodeid.split("::")[0] for one in skipped if NO_BROWSER in str(one.longrepr))
+    if files:
+        told = ", ".join(f"{name} ({count} tests)" for name, count in sorted(files.items()))
+        terminal.write_line(f"left out, {NO_BROWSER}: {told}")
 
 
 FAMILIES = {"byte-level": byte_level, "sentencepiece-bpe": sentencepiece_bpe, "unigram": unigram}

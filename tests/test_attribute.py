@@ -14,7 +14,9 @@ from memreason.core.trace import MEMORY, REASON, Question, Step, Trace
 from memreason.data.atlas import FORMS, make_atlas
 from memreason.data.atlas_rules import answer_from, memory_faults, reason_fault
 from memreason.measure.attribute import attribute, fault_table
-from memreason.measure.counterfactual import INTERVENTIONS, begin, compare_ways
+from memreason.measure.counterfactual import INTERVENTIONS, attribute_by_trying, begin, effects, gold_lines
+from memreason.measure.trends import slope, trends
+from memreason.measure.ways import compare_ways, fault_lines, faults_of, strongest
 
 
 def lines_of(trace: Trace) -> list[str]:
@@ -135,34 +137,114 @@ def test_interventions_give_gold_own_and_anothers_lines() -> None:
     made = [
         replace(trace, steps=(Step((MEMORY,), "X."), Step((REASON,), "Y.")), prediction="A") for trace in gold.values()
     ]
+    source, lines = gold_lines(list(gold.values()))
+    assert source == "labelled"
     for name in INTERVENTIONS:
-        for trace, begun in zip(made, begin(name, made, gold), strict=True):
+        for trace, begun in zip(made, begin(name, made, lines), strict=True):
             assert begun.question == trace.question and {step.kinds for step in begun.steps} <= {(MEMORY,)}
             own = gold[trace.question.id]
             if name == "other":
-                others = [o for o in gold.values() if o.question.meta["form"] == own.question.meta["form"]]
-                assert begun.steps in [tuple(o.of_kind(MEMORY)) for o in others]
+                others = [o for o in gold.values() if o.question.group != own.question.group]
+                alike = [o for o in others if o.question.meta["form"] == own.question.meta["form"]]
+                assert begun.steps in [tuple(o.of_kind(MEMORY)) for o in alike or others]
                 assert begun.steps != tuple(own.of_kind(MEMORY))
             else:
                 assert begun.steps == tuple((own if name == "gold" else trace).of_kind(MEMORY))
 
 
+ANSWERS = {"gold": ["True", "False", "False", "True", "True"], "own": [*["False"] * 4, "True"], "other": ["False"] * 5}
+
+
 def test_ways_are_compared_where_one_thing_failed() -> None:
     cases = ("memory", "memory", "reason", "both", "right")
-    found = [attribute(CASES[case].with_question(id=str(n))) for n, case in enumerate(cases)]
-    answers = {"gold": ["True", "False", "False", "True", "True"], "own": [*["False"] * 4, "True"]}
-    answers["other"] = ["False"] * 5
+    made = [CASES[case].with_question(id=str(n)) for n, case in enumerate(cases)]
+    found = [attribute(trace) for trace in made]
+    gold = {trace.question.id: [Step((MEMORY,), TRUE_LINE)] for trace in made}
     tried = {
-        name: [replace(one.trace, prediction=answer) for one, answer in zip(found, given, strict=True)]
-        for name, given in answers.items()
+        name: [replace(trace, prediction=answer) for trace, answer in zip(made, given, strict=True)]
+        for name, given in ANSWERS.items()
     }
-    table = compare_ways(found, tried)
+    ways = {"counterfactual": attribute_by_trying(made, "labelled", gold, tried), "exact": found}
+    (table,) = compare_ways(ways)
+    assert table["between"] == ["exact", "counterfactual"]
     assert table["confusion"] == {"memory, memory": 1, "memory, reason": 1, "reason, reason": 1, "both, memory": 1}
     assert (table["agreement"]["n"], table["agreement"]["share"]) == (3, 2 / 3)
-    assert table["kappa"] == pytest.approx(0.4)  # observed 2/3, by chance 4/9
-    assert [table["accuracy"][name]["share"] for name in ("before", "gold", "own", "other")] == [0.2, 0.6, 0.2, 0.0]
-    assert table["mended"]["gold"]["share"] == 0.5 and table["mended"]["own"]["share"] == 0.0
-    assert compare_ways([], {name: [] for name in answers})["kappa"] is None
+    assert table["kappa"]["kappa"] == pytest.approx(0.4)  # observed 2/3, by chance 4/9
+    done = effects(made, gold, tried)
+    assert [done["accuracy"][name]["share"] for name in ("before", "gold", "own", "other")] == [0.2, 0.6, 0.2, 0.0]
+    assert done["mended"]["gold"]["share"] == 0.5 and done["mended"]["own"]["share"] == 0.0
+    assert [done["changed"][name]["share"] for name in ("gold", "own", "other")] == [0.4, 0.0, 0.2]
+    assert compare_ways({"exact": [], "counterfactual": []})[0]["kappa"] is None
+
+
+def test_needed_lines_are_counted_one_by_one() -> None:
+    """Of three facts one is stated, one is stated falsely, one is missing: two of three needed lines are at fault."""
+    (gold,) = make_atlas("train", 1, forms=["three_on_continent"])
+    _, second, third, reason = gold.steps
+    wrong = "Africa" if second.text.endswith(" Asia.") else "Asia"
+    changed = replace(second, text=f"{second.text.split(' lies in ')[0]} lies in {wrong}.")
+    trace = replace(gold, steps=(changed, third, reason), prediction=_other_answer(gold.question))
+    found = [attribute(trace), attribute(replace(gold, prediction=gold.question.answer))]
+    assert [(one.missed, one.needed) for one in found] == [(2, 3), (0, 3)]
+    table = fault_table(found)
+    (row,) = table["by"]["hops"]
+    assert (row["memory"]["share"], row["per_line"]["share"]) == (0.5, pytest.approx(2 / 6))
+    unread = attribute(replace(trace, prediction=""))
+    assert unread.verdict == "format" and not unread.needed  # nothing of it counts as a memory fault
+    assert fault_table([unread])["by"]["hops"][0]["per_line"] is None
+
+
+def test_slopes_are_least_squares_over_shares() -> None:
+    """By hand: shares 0, 1/2, 1 at 0, 1, 2 rise by 1/2; a weight counts as so many lines at one place."""
+    x, y = [0.0, 0.0, 1.0, 1.0, 2.0, 2.0], [0, 0, 0, 1, 1, 1]
+    found = slope(x, [(fault, 1) for fault in y], list("abcdef"))
+    assert found is not None and found["slope"] == pytest.approx(0.5)
+    low, high = found["by_group"]
+    assert low <= 0.5 <= high
+    assert slope([1.0, 2.0], [(3, 4), (1, 4)], "ab") == {"slope": pytest.approx(-0.5), "by_group": [-0.5, -0.5]}
+    assert slope([1.0, 1.0], [(1, 1), (0, 1)], "ab") is None  # nothing to compare
+    assert slope([1.0, 2.0], [(0, 0), (0, 0)], "ab") is None  # no lines
+    together = slope(x, [(fault, 1) for fault in y], ["one"] * 6)
+    assert together is not None and together["by_group"] == [pytest.approx(0.5)] * 2  # one group: no width
+
+
+def test_trends_rise_with_what_was_made_to_rise() -> None:
+    """Memory faults are put on obscure questions only: their slope is positive, that of reason faults is none."""
+    found = []
+    for n in range(40):
+        trace = CASES["memory" if n >= 20 else "right"].with_question(id=str(n))
+        meta = {**trace.question.meta, "obscurity": n / 40, "hops": 1 + n % 2, "group": str(n)}
+        found.append(attribute(trace.with_question(meta=meta)))
+    table = trends(found)
+    memory, reason = table["obscurity"]["memory"], table["obscurity"]["reason"]
+    assert memory["by_group"][0] > 1 and reason == {"slope": 0.0, "by_group": [0.0, 0.0]}
+    low, high = table["hops"]["per_line"]["by_group"]
+    assert low < 0 < high
+    assert table["obscurity"]["per_line"] == memory  # one fact each
+    assert trends([]) == {}
+
+
+def test_the_strongest_way_that_has_a_verdict_counts() -> None:
+    made = [CASES[name].with_question(id=name) for name in ("memory", "both", "right", "format")]
+    exact = [attribute(trace) for trace in made]
+    silent = [replace(one, verdict="unjudged" if one.wrong else "right", memory=(), reason=()) for one in exact]
+    ways = {"judge": exact, "counterfactual": silent}
+    assert [one.verdict for one in strongest(ways)] == ["memory", "both", "right", "format"]
+    assert [one.verdict for one in strongest({"counterfactual": silent})] == [
+        "unjudged",
+        "unjudged",
+        "right",
+        "unjudged",
+    ]
+    line = fault_lines({**ways, "exact": exact})[0]
+    assert line["ways"] == {"exact": "memory", "counterfactual": "unjudged", "judge": "memory"}
+    assert line["memory"] == ["false: Peru, capital, Cusco (it is Lima)"]
+    table = faults_of(ways)
+    assert list(table["counts"]) == ["memory", "reason", "both", "format", "right", "unjudged"]  # luck is not seen
+    assert table["ways"]["counterfactual"]["unjudged"] == 3
+    (pair,) = table["agreement"]
+    assert (pair["wrong"], pair["agreement"]["n"], pair["kappa"]) == (2, 0, None)
+    assert "unjudged" not in faults_of({"exact": exact})["counts"]
 
 
 def test_going_on_from_own_lines_changes_nothing(byte_codec: Any) -> None:

@@ -25,6 +25,7 @@ _PUBLIC = {
     "add_tokens": "memreason.encode.vocab",
     "answer_questions": "memreason.generate.answer",
     "ask": "memreason.pipeline",
+    "calibrate": "memreason.outside",
     "evaluate": "memreason.pipeline",
     "faults": "memreason.inside",
     "import_published": "memreason.data.published",
@@ -34,12 +35,15 @@ _PUBLIC = {
     "load_recipe": "memreason.core.recipe",
     "make_atlas": "memreason.data.atlas",
     "merge": "memreason.publish.merge",
+    "probe": "memreason.inside",
     "read_traces": "memreason.core.files",
+    "retrieval_curve": "memreason.outside",
     "run": "memreason.pipeline",
     "score": "memreason.measure.score",
     "serving": "memreason.label.scripted",
     "summarise": "memreason.measure.stats",
     "train": "memreason.pipeline",
+    "write_report": "memreason.pages",
     "write_traces": "memreason.core.files",
 }
 __all__ = sorted(_PUBLIC)

@@ -1,25 +1,48 @@
-"""The verbs that look inside a trained run: whose fault a wrong answer is."""
+"""The verbs that look inside a trained run: whose fault a wrong answer is, what its blocks and memory lines control."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
 from tqdm import tqdm
 
-from memreason.core.files import read_traces, write_json, write_jsonl, write_traces
+from memreason.core.errors import ModelError, RecipeError, TaskError
+from memreason.core.files import read_traces, settings_hash, write_json, write_jsonl, write_traces
+from memreason.core.labelling import LabelRecipe
 from memreason.core.recipe import EvalRecipe
-from memreason.core.trace import Trace
-from memreason.data.tasks import load_eval
+from memreason.core.trace import Question, Trace
+from memreason.data.tasks import load_eval, load_splits
 from memreason.finetune.checkpoint import Checkpoint, load_checkpoint
-from memreason.generate.onward import continue_traces
-from memreason.measure.attribute import attribute, fault_table
-from memreason.measure.counterfactual import INTERVENTIONS, begin, compare_ways
+from memreason.generate.answer import read_samples
+from memreason.generate.engine import generate
+from memreason.generate.onward import continue_ids, continue_traces
+from memreason.label.teacher import Teacher
+from memreason.measure.attribute import Attribution, attribute, can_check
+from memreason.measure.counterfactual import (
+    INTERVENTIONS,
+    Gold,
+    Lines,
+    Search,
+    attribute_by_trying,
+    begin,
+    effects,
+    gold_lines,
+)
+from memreason.measure.flows import Array, write_arrays
+from memreason.measure.judge import attribute_by_judge
+from memreason.measure.kinds import kind_reader, reader_accuracy
+from memreason.measure.look import Closeup, close_up, overview
+from memreason.measure.probe import PROBES, Begun, Case, begun, cases_of, probe_table
+from memreason.measure.ways import fault_lines, faults_of
 from memreason.pipeline import evaluate
+from memreason.retrieve.outside import open_retriever, outside
+from memreason.retrieve.passage import Passage, sentence_for
 
-__all__ = ["faults"]
+__all__ = ["attention", "closeup", "faults", "probe"]
 
 
 def faults(
@@ -29,41 +52,182 @@ def faults(
     base: str | None = None,
     checkpoint: Checkpoint | None = None,
     counterfactual: bool = False,
+    gold: Gold | None = None,
+    search: Search | None = None,
+    judge: LabelRecipe | None = None,
+    teacher: Teacher | None = None,
 ) -> dict[str, Any]:
-    """Whose fault each wrong answer of an evaluation is: exactly, so on atlas. Evaluates first what is not yet.
+    """Whose fault each wrong answer of an evaluation is, by every way that is open. Evaluates first what is not yet.
 
-    Writes faults.jsonl (a line for each question: verdict and evidence) and faults.json beside the samples. With
-    `counterfactual` each question is answered anew with other memory lines given, and both ways are compared.
-    Raises TaskError for a task whose facts are not known.
+    Exactly, where facts are known (atlas). With `counterfactual` each question is answered anew with other memory lines
+    given; `gold` says where true ones come from (None: what is there), `search` finds those to be "retrieved" (None: in
+    the settings' corpus). With `judge` a model reads every wrong trace: the recipe's, or a `teacher` of one's own.
+    Writes faults.jsonl (a line for each question: verdict and evidence) and faults.json beside the samples.
+    Raises TaskError where facts are not known and no other way is given.
     """
     loaded = checkpoint or load_checkpoint(path, base=base)
-    results = evaluate(path, settings=settings, base=base, checkpoint=loaded)
-    folder = Path(results["folder"])
-    made = read_traces(folder / "samples.jsonl")
-    found = [attribute(trace) for trace in made]
-    table = {**fault_table(found), "task": results["task"], "split": results["split"], "folder": str(folder)}
-    if counterfactual:
-        tried = _interventions(loaded, made, EvalRecipe(**results["settings"]), results["task"], folder)
-        table["counterfactual"] = compare_ways(found, tried)
+    used, data = settings or loaded.recipe.eval, loaded.recipe.data
+    task = used.task or data.task
+    asked = load_eval(task, used.split, data, used.n, seed=used.seed)
+    exact = all(can_check(trace.question) for trace in asked)
+    if not (exact or counterfactual or judge):
+        raise TaskError(f"{task}: lines can be checked exactly on atlas only. Give --counterfactual, or --judge MODEL.")
+    source, lines = gold_lines(asked, gold, search or _searching(used.corpus)) if counterfactual else (None, {})
+    folder = Path(evaluate(path, settings=used, base=base, checkpoint=loaded)["folder"])
+    made = _first(read_traces(folder / "samples.jsonl"))
+    ways: dict[str, list[Attribution]] = {"exact": [attribute(trace) for trace in made]} if exact else {}
+    table: dict[str, Any] = {"task": task, "split": used.split, "folder": str(folder)}
+    if source:
+        tried = _interventions(loaded, made, lines, used, folder)
+        ways["counterfactual"] = attribute_by_trying(made, source, lines, tried)
+        table["counterfactual"] = {"gold": source, **effects(made, lines, tried)}
+    if judge and PartialState().is_main_process:
+        journal = folder / f"judge-{settings_hash({'model': judge.teacher.model})}.sqlite"
+        ways["judge"], table["judge"] = attribute_by_judge(made, judge, journal, teacher=teacher)
+    return _write_faults(folder, ways, table)
+
+
+def _searching(corpus: str | None) -> Search | None:
+    """A search of a corpus that gives lines: of a long passage the sentence that is closest to the question."""
+
+    def search(queries: Sequence[str], k: int) -> list[list[Passage]]:
+        assert corpus is not None
+        found = zip(queries, open_retriever(corpus).search(queries, k), strict=True)
+        return [[replace(one, text=sentence_for(one.text, query)) for one in row] for query, row in found]
+
+    return search if corpus else None
+
+
+def _first(samples: Sequence[Trace]) -> list[Trace]:
+    """Of several samples of a question the first."""
+    once: dict[str, Trace] = {}
+    for trace in samples:
+        once.setdefault(trace.question.id, trace)
+    return list(once.values())
+
+
+def _write_faults(folder: Path, ways: Mapping[str, Sequence[Attribution]], about: dict[str, Any]) -> dict[str, Any]:
+    table = {**faults_of(ways), **about}
     if PartialState().is_main_process:
-        write_jsonl(folder / "faults.jsonl", (one.to_json() for one in found))
+        write_jsonl(folder / "faults.jsonl", fault_lines(ways))
         write_json(folder / "faults.json", table)
     return table
 
 
 def _interventions(
-    loaded: Checkpoint, made: Sequence[Trace], settings: EvalRecipe, task: str, folder: Path
+    loaded: Checkpoint, made: Sequence[Trace], gold: Lines, settings: EvalRecipe, folder: Path
 ) -> dict[str, list[Trace]]:
-    """What the traces become with other memory lines; each intervention is kept once it is whole."""
-    gold = {
-        trace.question.id: trace
-        for trace in load_eval(task, settings.split, loaded.recipe.data, settings.n, seed=settings.seed)
-    }
+    """What the traces become with other memory lines; each intervention is kept, by its lines, once it is whole."""
     tried = {}
     for name in INTERVENTIONS:
-        path = folder / f"given-{name}.jsonl"
+        begun = begin(name, made, gold)
+        given = settings_hash({trace.question.id: [step.text for step in trace.steps] for trace in begun})
+        path = folder / f"given-{name}-{given}.jsonl"
         if not path.is_file():
-            begun = begin(name, made, gold)
             write_traces(path, tqdm(continue_traces(loaded.model, loaded.codec, begun, settings), name, len(begun)))
         tried[name] = read_traces(path)
     return tried
+
+
+def probe(
+    path: Path | str,
+    *,
+    settings: EvalRecipe | None = None,
+    base: str | None = None,
+    checkpoint: Checkpoint | None = None,
+) -> dict[str, Any]:
+    """Whether blocks control what a line becomes, and whether answers follow the memory lines: interventions on every
+    question of an evaluation (measure/probe.py). Evaluates first what is not yet.
+
+    One batched run an intervention, kept beside the samples once it is whole. Writes probe.json there.
+    Raises ModelError for a scheme whose lines carry no blocks.
+    """
+    loaded = checkpoint or load_checkpoint(path, base=base)
+    if loaded.codec.scheme.placement != "each_step" or not loaded.codec.scheme.n_special:
+        raise ModelError(f"{path}: its lines carry no blocks of their kinds, so there is nothing to probe")
+    results = evaluate(path, settings=settings, base=base, checkpoint=loaded)
+    folder, data = Path(results["folder"]), loaded.recipe.data
+    used = EvalRecipe(**results["settings"])
+    gold = load_eval(results["task"], used.split, data, used.n, seed=used.seed)
+    cases = cases_of(read_traces(folder / "samples.jsonl"), {trace.question.id: trace for trace in gold})
+    tried = {name: _probed(name, loaded, cases, used, folder) for name in PROBES}
+    labelled = load_splits(data) if results["task"] != "atlas" else None
+    kind_of = kind_reader(labelled.train if labelled else ())
+    table = {**probe_table(tried, kind_of), "task": results["task"], "split": results["split"], "folder": str(folder)}
+    if labelled:
+        table["kind_reader"] = reader_accuracy(kind_of, labelled.validation)
+    if PartialState().is_main_process:
+        write_json(folder / "probe.json", table)
+    return table
+
+
+def _probed(
+    name: str, loaded: Checkpoint, cases: Sequence[Case], settings: EvalRecipe, folder: Path
+) -> dict[str, tuple[Begun, Trace]]:
+    """What was given to each question, and the trace that came of it."""
+    given, path = begun(name, loaded.codec, cases), folder / f"given-{name}.jsonl"
+    if not given:
+        return {}
+    if not path.is_file():
+        asked = [case.made.question for case in cases if case.made.question.id in given]
+        ids = {question: one.ids for question, one in given.items()}
+        made = continue_ids(loaded.model, loaded.codec, asked, ids, settings)
+        write_traces(path, (loaded.codec.parse(one.question, one.ids) for one in tqdm(made, name, len(asked))))
+    return {trace.question.id: (given[trace.question.id], trace) for trace in read_traces(path)}
+
+
+def attention(
+    path: Path | str,
+    *,
+    settings: EvalRecipe | None = None,
+    base: str | None = None,
+    checkpoint: Checkpoint | None = None,
+) -> tuple[dict[str, Any], dict[str, Array]]:
+    """What looks at what: attention between question, blocks, memory, reason and answer of an evaluation's traces,
+    right against wrong. Evaluates first what is not yet.
+
+    Writes attention.json (means over layers and heads, with intervals over questions) and attention.npz (every layer
+    and head) beside the samples, and returns what is in them. Raises ModelError for a model that cannot be looked at.
+    """
+    loaded = checkpoint or load_checkpoint(path, base=base)
+    results = evaluate(path, settings=settings, base=base, checkpoint=loaded)
+    folder = Path(results["folder"])
+    table, arrays = overview(loaded.model, loaded.codec, read_samples(folder))
+    table |= {"task": results["task"], "split": results["split"], "folder": str(folder)}
+    if PartialState().is_main_process:
+        write_json(folder / "attention.json", table)
+        write_arrays(folder / "attention.npz", arrays)
+    return table, arrays
+
+
+def closeup(
+    path: Path | str,
+    question: str = "",
+    *,
+    choices: Sequence[str] = (),
+    question_id: str = "",
+    layers: Sequence[int] = (),
+    heads: Sequence[int] = (),
+    settings: EvalRecipe | None = None,
+    base: str | None = None,
+    checkpoint: Checkpoint | None = None,
+) -> Closeup:
+    """Attention inside one trace: of a question of the user's own, or, by its id, of one that was evaluated.
+
+    `layers` and `heads` choose the maps (measure/look.py). Raises RecipeError for an id or a head that does not exist.
+    """
+    loaded = checkpoint or load_checkpoint(path, base=base)
+    used = settings or loaded.recipe.eval
+    if question_id:
+        folder = Path(evaluate(path, settings=used, base=base, checkpoint=loaded)["folder"])
+        line = next((line for line in read_samples(folder) if line["id"] == question_id), None)
+        if line is None:
+            raise RecipeError(f"--id {question_id}: {folder / 'samples.jsonl'} has no such question", "attention")
+        asked, ids = Trace.from_json(line).question, line["ids"]
+    else:
+        asked = Question(question, "?", loaded.recipe.data.task, choices=tuple(choices) or None)
+        once = used.model_copy(update={"n_samples": 1})
+        passes = outside(once, loaded.folder).passes
+        ((made,),) = generate(loaded.model, loaded.codec, [asked], once, passes=passes)
+        ids = made.ids
+    return close_up(loaded.model, loaded.codec, asked, ids, layers=layers, heads=heads)

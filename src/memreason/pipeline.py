@@ -33,9 +33,12 @@ from memreason.finetune.prepare import Prepared, prepare, trainable_model
 from memreason.finetune.train import train as run_trainer
 from memreason.finetune.train import training_arguments
 from memreason.generate.answer import answer_questions, read_samples
+from memreason.measure.confidence import confidence_table
 from memreason.measure.score import score_trace
 from memreason.measure.stats import summarise
+from memreason.measure.unsure import retrieved_share
 from memreason.report.console import console, figures, note
+from memreason.retrieve.outside import FIELDS, outside
 
 __all__ = ["ask", "dry_run", "evaluate", "run", "train"]
 
@@ -147,18 +150,21 @@ def evaluate(
     settings = settings or recipe.eval
     task = settings.task or recipe.data.task
     gold = load_eval(task, settings.split, recipe.data, settings.n, seed=settings.seed)
-    spec = {**settings.model_dump(mode="json", exclude={"batch_size"}), "base": base, **model_changes}
+    passes, memory = outside(settings, loaded.folder)
+    asked = settings.model_dump(mode="json", exclude={"batch_size", *FIELDS})
+    spec = {**asked, "base": base, **model_changes, **memory}
     spec["questions"] = [trace.question.id for trace in gold]
     folder = loaded.folder / "eval" / f"{Path(task).stem}-{settings.split}-{settings_hash(spec)}"
     if torch.cuda.is_available() and not getattr(loaded.model, "is_quantized", False):
         loaded.model.to(state.device)
     start, before = time.monotonic(), len(read_samples(folder))
     questions = [trace.question for trace in gold]
-    label = f"{task}/{settings.split}"
-    traces = answer_questions(loaded.model, loaded.codec, questions, settings, label=label, folder=folder)
+    keep: dict[str, Any] = {"label": f"{task}/{settings.split}", "folder": folder, "passes": passes}
+    traces = answer_questions(loaded.model, loaded.codec, questions, settings, **keep)
     lengths = [len(line["ids"]) for line in read_samples(folder)]
     results = {
         **summarise([(trace, score_trace(trace)) for trace in traces]),
+        **({**retrieved_share(traces), **memory} if passes else {}),
         "task": task,
         "split": settings.split,
         "checkpoint": str(loaded.folder),
@@ -173,6 +179,8 @@ def evaluate(
     if state.is_main_process:
         write_json(folder / "results.json", results)
         write_text(folder / "generations.txt", "".join(_generation(loaded.codec, trace) for trace in traces))
+        if table := confidence_table(read_samples(folder)):
+            write_json(folder / "confidence.json", table)
     return results
 
 
@@ -188,7 +196,8 @@ def ask(path: Path | str, text: str, *, choices: Sequence[str] = (), base: str |
     loaded = load_checkpoint(path, base=base)
     settings = loaded.recipe.eval.model_copy(update={"n_samples": 1})
     question = Question(text=text, answer="?", task=loaded.recipe.data.task, choices=tuple(choices) or None)
-    return answer_questions(loaded.model, loaded.codec, [question], settings)[0]
+    passes = outside(settings, loaded.folder).passes
+    return answer_questions(loaded.model, loaded.codec, [question], settings, passes=passes)[0]
 
 
 def run(recipe: Recipe, *, fresh: bool = False) -> dict[str, Any]:

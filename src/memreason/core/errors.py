@@ -7,6 +7,7 @@ MemreasonError
 ├── ModelError         a base model that cannot be found, read or used this way
 ├── CheckpointError    a checkpoint that is incomplete, foreign or does not fit
 ├── TeacherError       a teacher that refuses the key or the model, or does not answer
+├── RetrieverError     a corpus without passages, or a retrieval server that does not answer as it should
 └── StorageError       a file that cannot be written (full disk, permissions)
 """
 
@@ -18,6 +19,7 @@ __all__ = [
     "MemreasonError",
     "ModelError",
     "RecipeError",
+    "RetrieverError",
     "StorageError",
     "TaskError",
     "TeacherError",
@@ -57,6 +59,10 @@ class CheckpointError(MemreasonError):
 
 class TeacherError(MemreasonError):
     """A labelling run cannot go on: key or model refused, credit used up, or no endpoint answers."""
+
+
+class RetrieverError(MemreasonError):
+    """A corpus that holds nothing to search, or a retrieval server that does not answer as it should."""
 
 
 class StorageError(MemreasonError):

@@ -143,6 +143,23 @@ class EvalRecipe(Stage):
     top_p: float = Field(1.0, gt=0, le=1, description="for sampling")
     n_samples: int = Field(1, ge=1, description="traces per question")
     seed: int = Field(0, description="of sampling, and of the draw of questions")
+    memory: Literal["recall", "retrieve", "retrieve-when-unsure"] = Field(
+        "recall",
+        description="where memory lines come from: the model alone, or a corpus in place of all or of unsure ones",
+    )
+    corpus: str | None = Field(
+        None,
+        description="to retrieve from: .jsonl (id, text), folder of .txt, .md, .jsonl, http(s)://…/retrieve, atlas",
+    )
+    unsure_below: float | None = Field(
+        None, allow_inf_nan=False, description="mean log-probability of an unsure line (None: the calibrated one)"
+    )
+
+    @model_validator(mode="after")
+    def check_corpus(self) -> EvalRecipe:
+        if self.memory != "recall" and not self.corpus:
+            raise ValueError(f"eval.corpus: eval.memory {self.memory} needs one, e.g. atlas or FILE.jsonl")
+        return self
 
 
 class Recipe(Stage):

@@ -20,6 +20,7 @@ __all__ = [
     "countries",
     "memory_line_true",
     "read_statement",
+    "restated",
     "split_of",
     "statement_true",
 ]
@@ -160,6 +161,15 @@ def read_statement(text: str) -> Statement | None:
         if found and found["s"].casefold() in _by_name():
             return Statement(_by_name()[found["s"].casefold()].name, relation, found["o"])
     return None
+
+
+def restated(text: str, value: str, subject: str | None = None) -> str:
+    """A memory line of a known form, saying another value, or of another subject."""
+    found = next(match for pattern in _LINES.values() if (match := pattern.match(text.strip())))
+    named = found["s"] if subject is None else subject
+    named = named[0].upper() + named[1:] if found.start("s") == 0 else named
+    line = found.string
+    return line[: found.start("s")] + named + line[found.end("s") : found.start("o")] + value + line[found.end("o") :]
 
 
 def statement_true(statement: Statement) -> bool:

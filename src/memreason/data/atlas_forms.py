@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from memreason.core.trace import LETTERS
-from memreason.data.atlas_facts import CONTINENTS, Country, countries
+from memreason.data.atlas_facts import CONTINENTS, Country, borders, countries
 
-__all__ = ["FORMS", "Draft", "Pool"]
+__all__ = ["FORMS", "Draft", "Pool", "fact_lines"]
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,19 @@ def _currency(c: Country) -> Fact:
 
 def _continent(c: Country) -> Fact:
     return f"{_cap(c.name)} lies in {c.continent}.", (c.name, "continent", c.continent)
+
+
+def _borders(a: Country, b: Country) -> Fact:
+    return f"{_cap(a.name)} borders {b.name}.", (a.name, "borders", b.name)
+
+
+def fact_lines() -> Iterator[Fact]:
+    """Every fact about every country, said as a memory line says it; a border from both sides."""
+    for country in countries().values():
+        yield from (state(country) for state in (_capital, _currency, _continent))
+    for pair in borders(list(countries())):
+        a, b = (countries()[name] for name in pair)
+        yield from (_borders(a, b), _borders(b, a))
 
 
 def _truth(text: str, stated: Sequence[Fact], compared: Sequence[str], about: Sequence[Country]) -> Draft:
@@ -109,7 +122,7 @@ def _neighbour_choice(r: random.Random, pool: Pool, slot: int) -> Draft | None:
     far = [c for c in pool.fixed if c.continent not in (a.continent, b.continent) and a.fixed]
     if len(far) < 3:
         return None
-    stated = [(f"{_cap(a.name)} borders {b.name}.", (a.name, "borders", b.name))]
+    stated = [_borders(a, b)]
     options = [b.name, *(c.name for c in r.sample(far, 3))]
     return _choice(f"Which of these countries borders {a.name}?", options, b.name, slot % 4, stated, [a, b])
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 
-from memreason.core.trace import LETTERS, Question
+from memreason.core.trace import LETTERS, MEMORY, REASON, Question
 from memreason.data.atlas_facts import Statement, read_statement, statement_true
 
-__all__ = ["answer_from", "memory_faults", "reason_fault"]
+__all__ = ["UNSETTLED", "answer_from", "asked_in", "line_kind", "memory_faults", "reason_fault", "reason_from"]
 
 Stated = dict[tuple[str, str], Statement]  # (country in small letters, relation) -> what the lines say
 ASKED = re.compile(r"(?:lie in|lies in|^is) (?P<asked>.+?)(?: the capital of .+)?\?$", re.IGNORECASE)
+UNSETTLED = "the lines do not settle the question"
 SAME = re.compile(r"(?P<list>.+) are (?P<verdict>the same|different)\.")
 CHOSEN = re.compile(r"(?:The choice|The one in (?P<place>.+?)) is (?P<option>.+) \((?P<letter>[A-Z])\)\.")
 
@@ -34,10 +35,10 @@ def _values(question: Question, stated: Stated, relation: str) -> list[str] | No
     return [stated[key].value for key in keys] if all(key in stated for key in keys) else None
 
 
-def _asked(question: Question) -> str:
+def asked_in(question: Question) -> str:
+    """The place or name that a question asks about; empty if it compares countries with one another."""
     found = ASKED.search(question.text)
-    assert found is not None, question.text
-    return found["asked"]
+    return found["asked"] if found else ""
 
 
 def _compared(question: Question, stated: Stated) -> list[str] | None:
@@ -45,7 +46,7 @@ def _compared(question: Question, stated: Stated) -> list[str] | None:
     relation = "capital" if question.meta["form"] == "capital_is" else "continent"
     values = _values(question, stated, relation)
     alone = question.meta["form"] in ("capital_is", "continent_is", "capital_on_continent")
-    return values and ([*values, _asked(question)] if alone else values)
+    return values and ([*values, asked_in(question)] if alone else values)
 
 
 def _truth(question: Question, stated: Stated) -> str | None:
@@ -69,8 +70,15 @@ def _country_choice(question: Question, stated: Stated) -> str | None:
     """The country that the lines put on the continent that is asked for."""
     if _values(question, stated, "continent") is None:
         return None
-    asked = _asked(question).casefold()
+    asked = asked_in(question).casefold()
     return _letter(question, lambda choice: stated[choice.casefold(), "continent"].value.casefold() == asked)
+
+
+def line_kind(text: str) -> str | None:
+    """The kind that a line is by its words: it states a fact, or draws a conclusion; None if it does neither."""
+    if read_statement(text):
+        return MEMORY
+    return REASON if SAME.fullmatch(text.strip()) or CHOSEN.fullmatch(text.strip()) else None
 
 
 def memory_faults(question: Question, lines: Sequence[str]) -> list[str]:
@@ -83,7 +91,7 @@ def memory_faults(question: Question, lines: Sequence[str]) -> list[str]:
         elif not statement_true(one):
             faults.append(f"false: {one.subject}, {one.relation}, {one.value} (it is {fact.value})")
     if not faults and answer_from(question, lines) is None:
-        faults.append("the lines do not settle the question")
+        faults.append(UNSETTLED)
     return faults
 
 
@@ -94,6 +102,21 @@ def answer_from(question: Question, lines: Sequence[str]) -> str | None:
         return _truth(question, stated)
     rule = _country_choice if question.meta["form"] == "country_on_continent" else _value_choice
     return rule(question, stated)
+
+
+def reason_from(question: Question, lines: Sequence[str], answer: str | None = None) -> str | None:
+    """The reason line that the question's form draws from these memory lines, or that leads to another `answer`; None
+    if the lines do not settle the question."""
+    follows = answer_from(question, lines)
+    if follows is None:
+        return None
+    answer = answer or follows
+    if question.choices:
+        asks = question.meta["form"] == "country_on_continent"
+        said = f"The one in {asked_in(question)}" if asks else "The choice"
+        return f"{said} is {question.choices[LETTERS.index(answer)]} ({answer})."
+    *first, last = _compared(question, _stated(lines)) or ()
+    return f"{', '.join(first)} and {last} are {'the same' if answer == 'True' else 'different'}."
 
 
 def reason_fault(question: Question, lines: Sequence[str], reason: str) -> str | None:
@@ -114,7 +137,7 @@ def reason_fault(question: Question, lines: Sequence[str], reason: str) -> str |
         place = LETTERS.index(chosen["letter"])
         if place >= len(question.choices) or question.choices[place].casefold() != chosen["option"].casefold():
             return f"choice {chosen['letter']} is not {chosen['option']}"
-        if chosen["place"] and chosen["place"].casefold() != _asked(question).casefold():
+        if chosen["place"] and chosen["place"].casefold() != asked_in(question).casefold():
             return f"the question does not ask about {chosen['place']}"
         follows = answer_from(question, lines)
         return f"from the lines above follows {follows}" if follows not in (None, chosen["letter"]) else None

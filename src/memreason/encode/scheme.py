@@ -94,11 +94,15 @@ class TokenScheme:
 
 
 class Line(NamedTuple):
-    """One parsed line: its kinds, its text, and [first, last + 1] of its ids."""
+    """One parsed line: its kinds, its text, [first, last + 1] of its ids, and where those of the text begin."""
 
     kinds: tuple[str, ...]
     text: str
     span: list[int]
+    body: int
+
+    def step(self) -> Step:
+        return Step(tuple(kind for kind in self.kinds if kind != ASSIGNMENT), self.text)
 
 
 class Codec:
@@ -210,7 +214,8 @@ class Codec:
     def parse(self, question: Question, ids: Sequence[int]) -> Trace:
         """Read generated ids. Never raises: what fits no trace is named in `faults` (law 3).
 
-        `meta["spans"]` of the trace holds, for each step, [first, last + 1] of its ids, blocks included.
+        `meta["spans"]` of the trace holds, for each step, [first, last + 1] of its ids, blocks included, and
+        `meta["bodies"]` where its text begins behind them.
         """
         faults: list[str] = []
         ids = list(ids)
@@ -222,8 +227,9 @@ class Codec:
             lines = self._tagged_lines(ids, faults)
         else:
             lines = self._plain_lines(ids)
-        steps, spans, prediction = self._split_answer(lines, faults)
-        return Trace(question, tuple(steps), prediction, tuple(dict.fromkeys(faults)), {"spans": spans})
+        steps, prediction = self._split_answer(lines, faults)
+        meta = {"spans": [line.span for line in steps], "bodies": [line.body for line in steps]}
+        return Trace(question, tuple(line.step() for line in steps), prediction, tuple(dict.fromkeys(faults)), meta)
 
     def _tagged_lines(self, ids: list[int], faults: list[str]) -> list[Line]:
         """Cut at each run of planning tokens; every run must be a whole prefix and whole kind blocks."""
@@ -246,7 +252,7 @@ class Codec:
             if "\n" in text:
                 faults.append("several lines in one block")
             if text or start != body:
-                lines.append(Line(kinds, text, [start, position]))
+                lines.append(Line(kinds, text, [start, position], body))
         return lines
 
     def _read_run(self, run: list[tuple[str, int]]) -> tuple[tuple[str, ...], bool]:
@@ -263,30 +269,28 @@ class Codec:
         for end, token in enumerate(ids, 1):
             if "\n" in self.decode([token]) or end == len(ids):
                 text = self.decode([i for i in ids[start:end] if i not in self._place])
-                lines += [Line((), part.strip(), [start, end]) for part in text.split("\n") if part.strip()]
+                lines += [Line((), part.strip(), [start, end], start) for part in text.split("\n") if part.strip()]
                 start = end
         return lines
 
-    def _split_answer(self, lines: list[Line], faults: list[str]) -> tuple[list[Step], list[list[int]], str]:
-        """Steps, their spans and the prediction. The first answer line ends the trace; what follows it is a fault."""
+    def _split_answer(self, lines: list[Line], faults: list[str]) -> tuple[list[Line], str]:
+        """The lines of steps, and the prediction. The first answer line ends the trace; what follows it is a fault."""
         lead = self.scheme.answer_template.split("{answer}")[0].strip()
-        steps: list[Step] = []
-        spans: list[list[int]] = []
-        for number, (kinds, text, span) in enumerate(lines):
-            tagged = ANSWER in kinds
+        steps: list[Line] = []
+        for number, line in enumerate(lines):
+            text, tagged = line.text, ANSWER in line.kinds
             if tagged or (not self.blocks.get(ANSWER) and text.startswith(lead)):
                 if not text.startswith(lead):
                     faults.append("answer line without its phrase")
                 if number != len(lines) - 1:
                     faults.append("text after the answer")
-                return steps, spans, text.removeprefix(lead).strip()
+                return steps, text.removeprefix(lead).strip()
             if not text:
                 faults.append("empty line")
                 continue
-            steps.append(Step(tuple(kind for kind in kinds if kind != ASSIGNMENT), text))
-            spans.append(span)
+            steps.append(line)
         faults.append("no answer line")
-        return steps, spans, ""
+        return steps, ""
 
     def describe(self) -> dict[str, Any]:
         """For manifests: token -> id."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +17,8 @@ from memreason.core.files import append_jsonl, read_jsonl, write_jsonl
 from memreason.core.recipe import EvalRecipe
 from memreason.core.trace import Question, Trace
 from memreason.encode.scheme import Codec
-from memreason.generate.engine import Generation, generate
+from memreason.generate.engine import Generation, Passes, generate
+from memreason.generate.rows import Retrieved
 
 __all__ = ["answer_questions", "read_samples"]
 
@@ -31,10 +33,12 @@ def answer_questions(
     *,
     label: str = "answering",
     folder: Path | None = None,
+    passes: Passes | None = None,
 ) -> list[Trace]:
     """Generate a trace for each question, shared out over processes, each question answered once.
 
-    With a folder, every batch is appended to its samples and a second call goes on where the first stopped.
+    `passes` takes the place of plain decoding. With a folder, every batch is appended to its samples and a
+    second call goes on where the first stopped.
     """
     state = PartialState()
     done = read_samples(folder) if folder else []
@@ -47,7 +51,7 @@ def answer_questions(
     model.eval()
     left = sum((question.id, n) not in skip for question in mine for n in range(settings.n_samples))
     with tqdm(total=left, desc=label, unit="q", disable=not state.is_main_process) as bar:
-        for batch in generate(model, codec, mine, settings, skip=skip):
+        for batch in generate(model, codec, mine, settings, skip=skip, passes=passes):
             lines = [_sample(codec, generation) for generation in batch]
             if folder is not None:
                 append_jsonl(folder / own, lines)
@@ -87,18 +91,35 @@ def _settle(folder: Path, lines: list[Sample]) -> None:
 def _sample(codec: Codec, generation: Generation) -> Sample:
     """One line of samples.jsonl: the trace, its ids, and log-probability, entropy and margin of each generated one.
 
-    meta: `sample` (which of n), `given` (ids of the opening block, which has no log-probability) and `spans`
-    (for each step the place of its ids, so that `ids[a:b]` and `logprobs[a - given : b - given]` are the step's).
+    meta: `sample` (which of n), `given` (ids of the opening block, which has no log-probability), `spans` (for each
+    step the place of its ids, so that `ids[a:b]` and `logprobs[a - given : b - given]` are the step's) and `bodies`
+    (where its text begins, behind its blocks). Ids of a retrieved line have no figures (null); its step has the
+    passage's id as `source`, and `recalled` holds what the model had written there: step, text, sureness.
     """
-    trace = codec.parse(generation.question, generation.ids)
+    trace, recalled = _with_sources(codec.parse(generation.question, generation.ids), generation.retrieved)
     if not generation.logprobs:
         trace = replace(trace, faults=("question over the limit",))
     given = len(generation.ids) - len(generation.logprobs)
     return {
         **trace.to_json(),
         "ids": generation.ids,
-        "logprobs": [round(value, 5) for value in generation.logprobs],
-        "entropies": [round(value, 4) for value in generation.entropies],
-        "margins": [round(value, 4) for value in generation.margins],
-        "meta": {**generation.question.meta, **trace.meta, "sample": generation.sample, "given": given},
+        "logprobs": _rounded(generation.logprobs, 5),
+        "entropies": _rounded(generation.entropies, 4),
+        "margins": _rounded(generation.margins, 4),
+        "meta": {**generation.question.meta, **trace.meta, **recalled, "sample": generation.sample, "given": given},
     }
+
+
+def _rounded(values: Sequence[float], digits: int) -> list[float | None]:
+    return [round(value, digits) if math.isfinite(value) else None for value in values]
+
+
+def _with_sources(trace: Trace, retrieved: Sequence[Retrieved]) -> tuple[Trace, dict[str, Any]]:
+    """A parsed trace with the sources of its retrieved lines, and the model's own lines that they replaced."""
+    steps, recalled = list(trace.steps), []
+    for number, (first, last) in enumerate(trace.meta["spans"]):
+        for one in retrieved:
+            if first <= one.place < last:
+                steps[number] = replace(steps[number], source=one.source)
+                recalled.append({"step": number, "text": one.own, "sureness": round(one.sureness, 5)})
+    return replace(trace, steps=tuple(steps)), {"recalled": recalled} if recalled else {}

@@ -34,9 +34,10 @@ from memreason.generate.cohort import COHORTS, Cohort
 from memreason.generate.plain import generate_plainly
 from memreason.generate.rows import Generation, Row, Until, start
 
-__all__ = ["Generation", "decode", "generate"]
+__all__ = ["Generation", "Passes", "decode", "generate"]
 
 log = logging.getLogger("memreason")
+Passes = Callable[[Any, Codec, deque[Row], EvalRecipe], Iterator[list[Row]]]  # rows waiting -> those that ended
 CHOSEN = 64  # rows of logits looked at together: their fp32 copy stays in the cache
 
 
@@ -48,13 +49,14 @@ def generate(
     *,
     skip: frozenset[tuple[str, int]] = frozenset(),
     until: Until | None = None,
+    passes: Passes | None = None,
 ) -> Iterator[list[Generation]]:
     """Answer each question `n_samples` times; yield what is finished, a few at a time, longest prompts first.
 
     A question that leaves no room for an answer (settings.max_length, or the model's positions) gets no tokens.
     Greedy answers do not depend on the number in flight in fp32; sampled ones draw from a generator of
     their own, seeded by question, sample and seed. `skip` holds (question id, sample) already done. `until` is asked
-    after each token whether the answer shall stop there.
+    after each token whether the answer shall stop there. `passes` takes the place of `decode`.
     """
     room = getattr(model.config, "max_position_embeddings", None)
     rows = [
@@ -69,7 +71,7 @@ def generate(
         yield [row.generation(opening) for row in too_long]
     waiting = deque(sorted((row for row in rows if row.limit >= 1), key=lambda row: -len(row.pending)))
     finished: list[Row] = []
-    for ended in decode(model, codec, waiting, settings):
+    for ended in (passes or decode)(model, codec, waiting, settings):
         finished += ended
         if len(finished) * 4 >= settings.batch_size:
             yield [row.generation(opening) for row in finished]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 
@@ -12,15 +13,25 @@ from memreason.core.trace import Question
 from memreason.encode.scheme import Codec
 from memreason.generate.choose import Taken
 
-__all__ = ["Generation", "Row", "Until", "start"]
+__all__ = ["Generation", "Retrieved", "Row", "Until", "start"]
 
 Until = Callable[[Sequence[int]], bool]  # generated ids so far -> whether to stop behind the last one
+
+
+class Retrieved(NamedTuple):
+    """A line whose text was retrieved: the place of its first id, the passage's id, and the model's own line with its
+    mean log-probability."""
+
+    place: int
+    source: str
+    own: str
+    sureness: float
 
 
 @dataclass(frozen=True)
 class Generation:
     """Ids of one generated trace (its opening block included), and of each generated one its log-probability, and
-    entropy (nats) and margin of the distribution that it was taken from."""
+    entropy (nats) and margin of the distribution that it was taken from: nan for ids that were given."""
 
     question: Question
     sample: int
@@ -28,6 +39,7 @@ class Generation:
     logprobs: list[float]
     entropies: list[float]
     margins: list[float]
+    retrieved: tuple[Retrieved, ...] = ()
 
 
 @dataclass
@@ -48,18 +60,23 @@ class Row:
     ids: list[int] = field(default_factory=list)
     taken: list[Taken] = field(default_factory=list)
     draws: list[float] = field(default_factory=list)
+    retrieved: list[Retrieved] = field(default_factory=list)
 
     def take(self, one: Taken) -> None:
         self.ids.append(one.token)
         self.taken.append(one)
 
+    def over(self, eos: int) -> bool:
+        return self.ids[-1] == eos or len(self.ids) >= self.limit
+
     def ended(self, eos: int) -> bool:
-        return self.ids[-1] == eos or len(self.ids) == self.limit or bool(self.until and self.until(self.ids))
+        return self.over(eos) or bool(self.until and self.until(self.ids))
 
     def generation(self, opening: list[int]) -> Generation:
         figures = zip(*self.taken, strict=True) if self.taken else ((),) * 4
         _, logprobs, entropies, margins = map(list, figures)
-        return Generation(self.question, self.sample, opening + self.ids, logprobs, entropies, margins)
+        ids, found = opening + self.ids, tuple(one._replace(place=len(opening) + one.place) for one in self.retrieved)
+        return Generation(self.question, self.sample, ids, logprobs, entropies, margins, found)
 
     def draw(self, number: int) -> float:
         """The random number of generated token `number`: the same one whether it was drafted or not."""

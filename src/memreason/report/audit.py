@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-import jinja2
 from rich.text import Text
 
 from memreason.report.console import COLOURS, console, figures
+from memreason.report.templates import number, render, tone
 
 __all__ = ["page", "print_audit"]
 
@@ -39,38 +38,14 @@ def page(findings: Mapping[str, Any]) -> str:
     `findings` are those of `measure.audit.audit`; beside them may stand `file` and `held_out` (names), `imported`
     (what reading the file left out) and `agreement` (of `measure.agreement.agreement`, with the other `file`).
     """
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        undefined=jinja2.StrictUndefined,
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"number": _number, "percent": _percent, "tone": _tone}
-    return environment.get_template("audit.html.j2").render(
-        OPTIONAL | dict(findings),
-        meanings=MEANINGS,
-        height=HEIGHT,
-        step_columns=columns({"line": findings["steps"]["histogram"]}),
-        line_columns=columns({kind: found["histogram"] for kind, found in findings["lengths"]["kinds"].items()}),
-        trace_columns=columns({"line": findings["lengths"]["trace"]["histogram"]}),
-        place_columns=_place_columns(findings),
-    )
-
-
-def _number(value: float | None, digits: int = 2) -> str:
-    """Whole numbers with commas, others with so many digits, a dash for what does not exist."""
-    return "–" if value is None else f"{value:,}" if isinstance(value, int) else f"{value:,.{digits}f}"
-
-
-def _percent(share: float) -> str:
-    return f"{share:.1%}"
-
-
-def _tone(kind: str) -> str:
-    """The class that colours a kind; of a line of several kinds the first counts."""
-    first = kind.split("+")[0]
-    return first if first in COLOURS else "line"
+    lengths = findings["lengths"]
+    drawn = {
+        "step_columns": columns({"line": findings["steps"]["histogram"]}),
+        "line_columns": columns({kind: found["histogram"] for kind, found in lengths["kinds"].items()}),
+        "trace_columns": columns({"line": lengths["trace"]["histogram"]}),
+        "place_columns": _place_columns(findings),
+    }
+    return render("audit.html.j2", {**OPTIONAL, **findings, **drawn, "meanings": MEANINGS, "height": HEIGHT})
 
 
 def columns(histograms: Mapping[str, Sequence[Mapping[str, int]]]) -> list[dict[str, Any]]:
@@ -88,7 +63,7 @@ def columns(histograms: Mapping[str, Sequence[Mapping[str, int]]]) -> list[dict[
 def _place_columns(findings: Mapping[str, Any]) -> list[dict[str, Any]]:
     kinds = list(findings["kinds"])
     counts = [{kind: place.get(kind, 0) for kind in kinds} for place in findings["places"]]
-    return _stacked([str(number) for number, _ in enumerate(counts, 1)], counts)
+    return _stacked([str(place) for place, _ in enumerate(counts, 1)], counts)
 
 
 def _stacked(titles: Sequence[str], counts: Sequence[Mapping[str, int]]) -> list[dict[str, Any]]:
@@ -163,8 +138,8 @@ def _print_patterns(patterns: Mapping[str, Any], shown: int = 5) -> None:
     for row in patterns["top"][:shown]:
         text = Text(f"  {row['share']:>6.1%}  ", style="dim")
         for kind in row["kinds"]:
-            tone = COLOURS.get(_tone(kind))
-            text.append(kind[:1].upper() if tone else f"{kind} ", style=f"not dim {tone or 'white'}")
+            colour = COLOURS.get(tone(kind))
+            text.append(kind[:1].upper() if colour else f"{kind} ", style=f"not dim {colour or 'white'}")
         console.print(text)
 
 
@@ -173,22 +148,22 @@ def _print_agreement(found: Mapping[str, Any] | None) -> None:
         return
     same, other = found["same_lines"], found["other_texts"]
     low, high = same["interval"]
-    kappa = " to ".join(_number(end, 3) for end in same["kappa_interval"])
+    kappa = " to ".join(number(end, 3) for end in same["kappa_interval"])
     memory = other["memory_share"]
     rows = [
         ("questions in both", f"{found['questions']:,}; same lines in {found['same_texts']:,}"),
         ("other gold answers", f"{found['answers']['differ']:,}"),
         ("lines in both", f"{same['lines']:,}"),
         ("of them, other kind", f"{same['flips']:,}: {same['rate']:.1%}  (95 % Wilson {low:.1%} to {high:.1%})"),
-        ("Cohen's kappa", f"{_number(same['kappa'], 3)}  (95 %, by question: {kappa})"),
+        ("Cohen's kappa", f"{number(same['kappa'], 3)}  (95 %, by question: {kappa})"),
     ]
     if other["questions"]:
         named = [(f"same {name}", other[f"same_{key}"]) for name, key in SEQUENCES.items()]
         rows += [
             ("questions, other lines", f"{other['questions']:,}"),
             *((name, f"{n:,}: {share:.1%}  (by chance {chance:.1%})") for name, (n, share, chance) in named),
-            ("memory share, difference", f"{_number(memory['mean_difference'])} on average"),
-            ("memory share, correlation", _number(memory["correlation"])),
+            ("memory share, difference", f"{number(memory['mean_difference'])} on average"),
+            ("memory share, correlation", number(memory["correlation"])),
         ]
     figures(f"agreement with {found['file']}", rows)
 

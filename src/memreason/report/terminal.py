@@ -1,4 +1,4 @@
-"""What a person reads in the terminal of a run: its figures, some of its traces, its faults, a bench."""
+"""What a person reads in the terminal of a run: its figures, some of its traces, a bench."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from memreason.generate.answer import read_samples
 from memreason.measure.score import score_trace
 from memreason.report.console import console, figures, print_trace
 
-__all__ = ["print_bench", "print_faults", "print_results", "print_samples"]
+__all__ = ["print_bench", "print_results", "print_samples"]
 
 
 def print_results(results: dict[str, Any]) -> None:
@@ -29,6 +29,7 @@ def print_results(results: dict[str, Any]) -> None:
             ("no answer", f"{results['no_answer']:.3f}"),
             ("well-formed traces", f"{results['well_formed']:.3f}"),
             ("lines per trace", ", ".join(f"{kind} {count:.2f}" for kind, count in results["blocks"].items())),
+            *([("memory retrieved", _retrieved(results))] if "retrieved" in results else []),
             ("tokens per trace", f"{results['tokens_per_trace']:.1f}"),
             ("time", f"{results['seconds']:.0f} s"),
             ("peak memory", f"{results['peak_memory'] / 2**30:.1f} GiB"),
@@ -47,43 +48,9 @@ def print_results(results: dict[str, Any]) -> None:
     )
 
 
-def print_faults(found: dict[str, Any]) -> None:
-    """Counts of verdicts with intervals, and the shares of faults by obscurity, hops and form."""
-    rows = []
-    for name, count in found["counts"].items():
-        share = found["shares"][name]
-        low, high = share["by_group"] if share else (0.0, 0.0)
-        rows.append((name, f"{count:4}  {share['share']:.3f}  ({low:.3f} to {high:.3f})" if share else "   0"))
-    figures(f"{found['task']} / {found['split']}: {found['n']} questions, {found['wrong']} wrong", rows)
-    table = Table(box=None, padding=(0, 2, 0, 0), title="share of questions with a fault", title_justify="left")
-    for name in ("", "n", "memory", "reason", "wrong"):
-        table.add_column(name, justify="left" if not name else "right")
-    for level, groups in found["by"].items():
-        for group in groups:
-            shares = [f"{group[name]['share']:.3f}" for name in ("memory", "reason", "wrong")]
-            table.add_row(f"{level} {group[level]}", str(group["n"]), *shares)
-    console.print(table)
-    if "counterfactual" in found:
-        _print_ways(found["counterfactual"])
-    folder = Path(found["folder"])
-    figures("where it lies", [("figures", str(folder / "faults.json")), ("evidence", str(folder / "faults.jsonl"))])
-
-
-GIVEN = {"before": "as generated", "gold": "gold facts", "own": "own lines again", "other": "another question's facts"}
-
-
-def _print_ways(found: dict[str, Any]) -> None:
-    """Accuracy under each intervention, and the two ways of attribution against each other."""
-
-    def told(one: dict[str, Any]) -> str:
-        return f"{one['share']:.3f}  ({one['wilson'][0]:.3f} to {one['wilson'][1]:.3f})"
-
-    figures("accuracy with memory lines given", [(GIVEN[name], told(one)) for name, one in found["accuracy"].items()])
-    figures("wrong answers mended by them", [(GIVEN[name], told(one)) for name, one in found["mended"].items()])
-    rows = [(f"exactly {pair.replace(', ', ', by trying ')}", str(n)) for pair, n in found["confusion"].items()]
-    kappa = "undefined" if found["kappa"] is None else f"{found['kappa']:.3f}"
-    agreed = f"{told(found['agreement'])} of {found['agreement']['n']}, kappa {kappa}"
-    figures("the two ways", [*rows, ("agreement", agreed)])
+def _retrieved(results: dict[str, Any]) -> str:
+    below = "" if results["unsure_below"] is None else f", those below {results['unsure_below']:.4f}"
+    return f"{results['retrieved']:.3f} of {results['memory_lines']} lines{below}"
 
 
 def print_samples(results: dict[str, Any], count: int = 4, seed: int = 0) -> None:

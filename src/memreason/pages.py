@@ -1,0 +1,138 @@
+"""The pages of trained runs as functions. Whatever is heavy is imported when it is needed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from memreason.core.errors import MemreasonError, RecipeError
+from memreason.core.recipe import EvalRecipe
+from memreason.core.trace import Trace, question_id
+from memreason.data.tasks import load_eval
+from memreason.report.console import figures, note
+
+if TYPE_CHECKING:
+    from memreason.finetune.checkpoint import Checkpoint
+
+__all__ = ["needs_server", "serve", "write_report"]
+
+LIMIT = 64  # requests that may be open at once
+
+
+def write_report(
+    paths: Path | str | Sequence[Path | str],
+    *,
+    out: Path | str | None = None,
+    csv: Path | str | None = None,
+    json: Path | str | None = None,
+) -> Path:
+    """One self-contained page of a run, a checkpoint or an evaluation, or of several beside one another; its path.
+
+    Without `out` it is report.html in the run, of several in the working directory. `csv` and `json` take the same data:
+    a row a trace, and all of it. Raises CheckpointError for a path without an evaluation.
+    """
+    from memreason.core.files import write_json, write_text
+    from memreason.report.gather import gather
+    from memreason.report.page import page
+    from memreason.report.table import csv_text
+
+    many = [paths] if isinstance(paths, Path | str) else list(paths)
+    if not many:
+        raise RecipeError("a run is needed: memreason report RUN", "report")
+    data = gather(many)
+    target = Path(out or (Path(many[0]) if len(many) == 1 else Path()) / "report.html")
+    write_text(target, page(data))
+    if csv:
+        write_text(csv, csv_text(data))
+    if json:
+        write_json(json, data)
+    return target
+
+
+def needs_server() -> None:
+    """Raises RecipeError where the packages of the server are missing."""
+    if missing := [name for name in ("starlette", "uvicorn") if find_spec(name) is None]:
+        raise RecipeError(f"{' and '.join(missing)} not installed: pip install 'memreason[serve]'", "serve")
+
+
+def serve(
+    path: Path | str,
+    *,
+    settings: EvalRecipe | None = None,
+    base: str | None = None,
+    checkpoint: Checkpoint | None = None,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    limit: int = LIMIT,
+) -> None:
+    """The report of a run, live, until a signal comes: ask, change a memory line, run from there, keep corrections.
+
+    Answers are those of `settings` (None: the recipe's), `limit` requests open at a time. With settings.corpus, lines
+    found there are offered too. Raises RecipeError where it cannot listen at host and port (0: any free one).
+    """
+    needs_server()
+    import torch
+
+    from memreason.finetune.checkpoint import load_checkpoint
+    from memreason.serve.app import Service, make_app
+    from memreason.serve.guard import Guard, policy
+    from memreason.serve.live import Live
+    from memreason.serve.run import address, is_loopback, listen, make_server, run
+
+    loaded = checkpoint or load_checkpoint(path, base=base)
+    settings, folder = settings or loaded.recipe.eval, _folder(loaded)
+    task, page, traces = settings.task or loaded.recipe.data.task, *_page(path, folder)
+    listener, port = listen(host, port)
+    if torch.cuda.is_available() and not getattr(loaded.model, "is_quantized", False):
+        loaded.model.to("cuda")
+    live = Live(loaded.model, loaded.codec, settings, limit=limit)
+    known = _known(task, settings, loaded)
+    service = Service(live, page, folder / "corrections.jsonl", task, traces, known, _search(settings))
+    server = make_server(Guard(make_app(service), host, port, policy(page)), live)
+    if not is_loopback(host):
+        note(f"{host}: whoever reaches this address can ask and read, there is no login")
+    figures("", [("open", address(host, port)), ("corrections", str(service.corrections)), ("stop", "Ctrl-C")])
+    run(server, live, listener)
+
+
+def _folder(loaded: Checkpoint) -> Path:
+    """The run of a checkpoint; itself where it lies alone."""
+    parent = loaded.folder.parent
+    return parent if (parent / "manifest.json").is_file() else loaded.folder
+
+
+def _page(path: Path | str, folder: Path) -> tuple[str, list[Any]]:
+    """The report, live, and the traces in it; of a run that was never evaluated a page to ask on."""
+    from memreason.core.errors import CheckpointError
+    from memreason.report.gather import gather
+    from memreason.report.page import page
+    from memreason.report.templates import render
+
+    try:
+        found = gather([path])
+    except CheckpointError:
+        return render("live.html.j2", {"name": folder.resolve().name, "path": str(path)}), []
+    return page({**found, "live": True}), found["traces"]
+
+
+def _known(task: str, settings: EvalRecipe, loaded: Checkpoint) -> Mapping[str, Trace]:
+    """Labelled traces of the questions that the settings ask, by question id; none where they cannot be had."""
+    try:
+        traces = load_eval(task, settings.split, loaded.recipe.data, settings.n, seed=settings.seed)
+    except MemreasonError as error:
+        note(f"gold lines are not offered: {error}")
+        return {}
+    return {question_id(task, one.question.text, one.question.choices): one for one in traces}
+
+
+def _search(settings: EvalRecipe) -> Any:
+    if settings.memory != "recall":
+        note(f"memory {settings.memory}: here the model recalls, and what a search finds is offered line by line")
+    if not settings.corpus:
+        return None
+    from memreason.retrieve.outside import open_retriever
+    from memreason.retrieve.passage import searching
+
+    return searching(open_retriever(settings.corpus))
