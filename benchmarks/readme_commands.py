@@ -10,11 +10,14 @@ import argparse
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+
+import httpx2
 
 from memreason import ScriptedTeacher, serving
 
@@ -24,6 +27,22 @@ ROOT = Path(__file__).resolve().parent.parent
 def commands() -> list[str]:
     blocks = re.findall(r"```\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
     return [line for block in blocks for line in block.splitlines() if line.startswith("memreason ")]
+
+
+def served(command: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
+    """Start a server, read its page, stop it as Ctrl-C would."""
+    with subprocess.Popen(
+        [*command, "--port", "0"], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        told = ""
+        while not (address := re.search(r"http://\S+", told)) and (line := process.stdout.readline()):
+            told += line
+        if address:
+            assert "memory" in httpx2.get(address[0]).text
+            process.send_signal(signal.SIGINT)
+        out, error = process.communicate(timeout=60)
+    return subprocess.CompletedProcess(command, process.returncode if address else 1, told + out, error)
 
 
 def main() -> None:
@@ -43,7 +62,10 @@ def main() -> None:
                 continue
             start = time.monotonic()
             command = [sys.executable, "-m", "memreason", *words]
-            done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+            if words[0] == "serve":
+                done = served(command, folder)
+            else:
+                done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
             print(f"{time.monotonic() - start:6.1f} s  exit {done.returncode}  {line}", flush=True)
             if done.returncode:
                 sys.exit(done.stdout[-2000:] + done.stderr[-4000:])

@@ -75,7 +75,7 @@ NO_BROWSER = "no Chromium here"
 BROWSER_FLAGS = ("gpu", "background-networking", "component-update", "sync")  # what Chromium shall leave alone
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # while Playwright is open its loop runs in this thread: no other test could use asyncio
 def browser() -> Iterator[Any]:
     """The system's Chromium, driven by Playwright; tests that need it are left out where there is none."""
     path = shutil.which("chromium")

@@ -14,7 +14,7 @@ from memreason.core.recipe import load_recipe
 from memreason.core.trace import MEMORY, Step, Trace
 from memreason.data.atlas import make_atlas
 from memreason.data.atlas_rules import answer_from
-from memreason.measure.attribute import attribute
+from memreason.measure.attribute import attribute, can_check
 from memreason.measure.confidence import confidence_table
 from memreason.measure.score import score_trace
 from memreason.measure.stats import summarise
@@ -72,7 +72,7 @@ def save_evaluation(folder: Path, made: Sequence[Trace], seed: int = 0) -> Path:
         "folder": str(folder),
     }
     write_json(folder / "results.json", results)
-    if made[0].question.task == "atlas":
+    if all(can_check(trace.question) for trace in made):
         ways = {"exact": [attribute(trace) for trace in made]}
         write_jsonl(folder / "faults.jsonl", fault_lines(ways))
         write_json(folder / "faults.json", {**faults_of(ways), "task": "atlas", "split": results["split"]})

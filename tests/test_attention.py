@@ -336,6 +336,22 @@ def test_the_difference_is_of_whole_groups() -> None:
     assert widths[0] > 1.3 * widths[1]
 
 
+def test_alike_compares_questions_of_one_sort_alone() -> None:
+    """Wrong answers are mostly to questions of two lines, where the answer looks at memory more, right or wrong."""
+    one = [*asked(0.1, 0.2, 0.1, 0.2), *asked(0.15, correct=False)]
+    two = [*asked(0.55), *asked(0.5, 0.6, 0.5, 0.6, correct=False)]
+    questions = [each._replace(alike="one", group=f"a{n}") for n, each in enumerate(one)]
+    questions += [each._replace(alike="two", group=f"b{n}") for n, each in enumerate(two)]
+    pairs = flow_table(PARTS, questions)[0]["pairs"]
+    mass = next(p for p in pairs if (p["from"], p["to"]) == ("answer", "memory"))["mass"]
+    assert mass["difference"][0] == pytest.approx(0.23 - 0.47) and mass["difference"][2] < 0
+    assert mass["alike"][0] == pytest.approx(0) and mass["alike"][1] < 0 < mass["alike"][2]
+    assert mass["difference"][0] == pytest.approx(mass["correct"][0] - mass["wrong"][0])
+    assert flow_table(PARTS, questions)[0]["alike"] == 10
+    apart = flow_table(PARTS, [each._replace(alike=each.correct) for each in questions])[0]  # no sort has both
+    assert apart["pairs"][0]["mass"]["alike"] is None and apart["alike"] == 0
+
+
 def test_what_a_question_lacks_is_left_out() -> None:
     """A question without an answer line has no such row; without wrong answers there is no difference."""
     (none,) = asked(0.4)
@@ -412,7 +428,7 @@ def is_pdf(path: Path) -> bool:
 def test_pictures_hold_the_tokens(tagged: tuple[Any, Codec], tmp_path: Path) -> None:
     """As letters, whatever they are: no formula is made of dollar signs, no XML of brackets, no line of line breaks."""
     model, codec = tagged
-    short = replace(TRACE, steps=TRACE.steps[1:2]).with_question(text="$x_1^2$ <memory_0>\x1b\n\\frac 東")
+    short = replace(TRACE, steps=(Step(("memory",), "$ & <b>"),)).with_question(text="$x$ <memory_0>\x1b\n\\ 東")
     paths = draw_closeup(close_up(model, codec, short.question, codec.render(short), layers=[0]), tmp_path)
     assert sorted(path.name for path in paths) == ["layer-0-mean.pdf", "layer-0-mean.svg", "steps.pdf", "steps.svg"]
     assert all(is_pdf(path) for path in paths if path.suffix == ".pdf")
@@ -423,9 +439,11 @@ def test_pictures_hold_the_tokens(tagged: tuple[Any, Codec], tmp_path: Path) -> 
     for token in {"$", "⏎", "\\", "�", "<memory_0>", "<answer_1>", *tokens} - {""}:
         assert token in found, token
     assert found.count("<memory_0>") == 2  # the block's, in a row and in a column: the question's are characters
-    assert any("$ is a sign & <b> too." in text for text in texts_of(tmp_path / "steps.svg"))
-    again = draw_closeup(close_up(model, codec, short.question, codec.render(short), layers=[0]), tmp_path / "again")
-    assert [path.read_bytes() for path in again] == [path.read_bytes() for path in paths]
+    assert any("$ & <b>" in text for text in texts_of(tmp_path / "steps.svg"))
+    again = draw_closeup(
+        close_up(model, codec, short.question, codec.render(short))._replace(maps={}), tmp_path / "again"
+    )
+    assert [path.read_bytes() for path in again] == [path.read_bytes() for path in paths[:2]]
 
 
 SEEN = [
@@ -490,9 +508,9 @@ def test_attention_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert "$" in texts_of(drawn)
 
     line = next(value for _, value in read_jsonl(path.with_name("samples.jsonl")))
-    assert main(["attention", str(run), "--id", line["id"], "--eval.max_new_tokens", "12"]) == 0
+    assert main(["attention", str(run), "--id", line["id"], "--layer", "0", "--eval.max_new_tokens", "12"]) == 0
     assert line["question"] in capsys.readouterr().out
-    assert texts_of(run / "attention" / line["id"] / "layer-1-mean.svg")
+    assert texts_of(run / "attention" / line["id"] / "layer-0-mean.svg")
 
     for wrong, told in (
         (["--layer", "1"], "give --question or --id"),

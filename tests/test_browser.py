@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from made_run import answered, save_findings, save_run
 
+from made_run import answered, save_findings, save_run
 from memreason.core.trace import MEMORY, Question, Step, Trace
 from memreason.data.atlas import make_atlas
 from memreason.pages import write_report
@@ -18,10 +18,11 @@ from memreason.report.page import page
 
 EVIL = '</script><script>window.evil = 1</script><img src=x onerror="window.evil = 2">'
 Open = Callable[..., Any]
+COUNT = 300  # traces of the small page
 
 
 def all_traces(seed: int) -> list[Trace]:
-    """2,000 atlas traces of one draw of mistakes, and one whose texts are markup."""
+    """One whose texts are markup, and 2,000 of atlas with one draw of mistakes."""
     import random
 
     draw = random.Random(seed)
@@ -29,22 +30,22 @@ def all_traces(seed: int) -> list[Trace]:
     facts = ({"subject": "Peru", "relation": "capital", "object": "Lima"},)
     question = Question(f"Is {EVIL} a text?", "A", "own", choices=(EVIL, "no"), facts=facts, meta=meta)
     evil = Trace(question, (Step((MEMORY,), EVIL),), prediction="B")
-    return [*(answered(trace, draw) for trace in make_atlas("train", 2000)), evil]
+    return [evil, *(answered(trace, draw) for trace in make_atlas("train", 2000))]
 
 
 @pytest.fixture(scope="module")
 def reports(tmp_path_factory: pytest.TempPathFactory, browser: Any) -> dict[str, Path]:
-    """Pages of one run and of two, and a live one."""
+    """Pages of a large run, of a small one with every finding, of both, and a live one."""
     folder = tmp_path_factory.mktemp("reports")
     first = save_run(folder / "first", 0, traces=all_traces(0))
-    second = save_run(folder / "second", 0, traces=all_traces(7)[:300])
+    second = save_run(folder / "second", 0, traces=all_traces(7)[:COUNT])
     save_findings(next(second.glob("checkpoint-*/eval/*")))
-    pages = {"one": write_report(first), "two": write_report([first, second], out=folder / "two.html")}
-    pages["findings"] = write_report(second)
+    pages = {"large": write_report(first), "two": write_report([first, second], out=folder / "two.html")}
+    pages["small"] = write_report(second)
     pages["live"] = folder / "live.html"
     hook = "<script>window.calls = []; window.memreasonLive = (...all) => window.calls.push(all);</script>"
-    html = page({**gather([second]), "live": True})
-    pages["live"].write_text(html.replace("<script>\n\"use strict\";", f"{hook}<script>\n\"use strict\";"), encoding="utf-8")
+    before, ours = page({**gather([second]), "live": True}).rsplit("<script>", 1)
+    pages["live"].write_text(f"{before}{hook}<script>{ours}", encoding="utf-8")
     return pages
 
 
@@ -54,7 +55,7 @@ def opened(browser: Any, reports: dict[str, Path]) -> Iterator[Open]:
     wrong: list[str] = []
     contexts = []
 
-    def show(name: str = "one", hash: str = "", **settings: Any) -> Any:
+    def show(name: str = "small", hash: str = "", **settings: Any) -> Any:
         context = browser.new_context(**{"viewport": {"width": 1200, "height": 900}, **settings})
         contexts.append(context)
         tab = context.new_page()
@@ -76,7 +77,7 @@ def found(tab: Any) -> int:
 
 
 def test_search_finds_words_of_questions_lines_and_answers(opened: Open) -> None:
-    tab = opened()
+    tab = opened("large")
     assert found(tab) == 2001
     tab.fill("#q", "springfield capital")
     shown = found(tab)
@@ -97,12 +98,12 @@ def test_filters_narrow_sort_and_clear(opened: Open) -> None:
     tab.select_option("#fact", "one is false")
     assert 0 < found(tab) < wrong
     tab.click("#clear")
-    assert found(tab) == 2001
+    assert found(tab) == COUNT
     tab.select_option("#sort", "unsure")
-    tab.locator("#sure").fill("60")
-    assert 0 < found(tab) < 2001 and "≤ 0.60" in tab.locator("#sure-said").inner_text()
+    tab.locator("#sure").fill("70")
+    assert 0 < found(tab) < COUNT and "≤ 0.70" in tab.locator("#sure-said").inner_text()
     least = [float(text) for text in tab.locator(".option .doubt").all_inner_texts()[:10]]
-    assert least == sorted(least) and least[-1] <= 0.6
+    assert least and least == sorted(least) and least[-1] <= 0.7
 
 
 def test_a_link_opens_its_trace_and_its_filters(opened: Open) -> None:
@@ -115,7 +116,7 @@ def test_a_link_opens_its_trace_and_its_filters(opened: Open) -> None:
     assert again.locator("#trace h3").inner_text() == asked
     assert (found(again), again.locator("#verdict").input_value()) == (found(tab), "wrong")
     alone = opened(hash=again.locator("#trace .link").get_attribute("href"))
-    assert alone.locator("#trace h3").inner_text() == asked and found(alone) == 2001
+    assert alone.locator("#trace h3").inner_text() == asked and found(alone) == COUNT
 
 
 def test_keys(opened: Open) -> None:
@@ -135,8 +136,8 @@ def test_keys(opened: Open) -> None:
     tab.locator("#list").focus()
     press("ArrowDown")
     press("End")
-    assert tab.locator(".option[aria-selected=true]").get_attribute("aria-posinset") == "2001"
-    assert tab.locator("#list").get_attribute("aria-activedescendant") == "row-2000"
+    assert tab.locator(".option[aria-selected=true]").get_attribute("aria-posinset") == str(COUNT)
+    assert tab.locator("#list").get_attribute("aria-activedescendant") == f"row-{COUNT - 1}"
     press("Home")
     assert question.inner_text() == first
     press("Enter")
@@ -166,7 +167,7 @@ def test_a_trace_shows_evidence_checks_and_rule(opened: Open) -> None:
 
 
 def test_only_rows_in_sight_are_in_the_page(opened: Open) -> None:
-    tab = opened()
+    tab = opened("large")
     assert tab.locator(".option").count() < 60
     tab.evaluate("document.getElementById('list').scrollTop = 60000")
     tab.wait_for_selector("#row-910")
@@ -176,11 +177,13 @@ def test_only_rows_in_sight_are_in_the_page(opened: Open) -> None:
 def test_two_runs_stand_side_by_side(opened: Open) -> None:
     tab = opened("two")
     tab.select_option("#differs", "verdicts differ")
-    assert 0 < found(tab) < 300
+    assert 0 < found(tab) < COUNT
     tab.keyboard.press("j")
     assert tab.locator("#trace article").count() == 2
     verdicts = tab.locator("#trace .verdict > :first-child").all_inner_texts()
     assert len(set(verdicts)) == 2
+    tab.select_option("#differs", "lines differ")
+    tab.locator(".option").nth(1).click()
     assert tab.locator("#trace").get_by_text("≠ differs").count() >= 1
 
 
@@ -209,7 +212,7 @@ def test_colours_follow_the_system_and_the_toggle(opened: Open) -> None:
     assert tab.evaluate(ground) == light
 
 
-@pytest.mark.parametrize("name", ["one", "two", "findings"])
+@pytest.mark.parametrize("name", ["small", "two"])
 def test_a_phone_scrolls_one_way_only(opened: Open, name: str) -> None:
     tab = opened(name, viewport={"width": 360, "height": 740}, has_touch=True)
     width = "document.documentElement.scrollWidth"
@@ -222,13 +225,20 @@ def test_a_phone_scrolls_one_way_only(opened: Open, name: str) -> None:
 
 
 def test_2000_traces_open_within_a_second(opened: Open) -> None:
-    """Until the first rows stand in the page; the quickest of three, since other tests may hold the processor."""
-    ready = "performance.getEntriesByName('memreason-ready')[0].startTime"
-    assert min(opened().evaluate(ready) for _ in range(3)) < 1000
+    """The page's own work, all scripts, styles and layout: processor time, since other tests may hold the processor."""
+    tab = opened("small")
+    session = tab.context.new_cdp_session(tab)
+    session.send("Performance.enable", {"timeDomain": "threadTicks"})
+    tab.goto(tab.url.replace("second/report.html", "first/report.html"))
+    assert found(tab) == 2001
+    measured = {one["name"]: one["value"] for one in session.send("Performance.getMetrics")["metrics"]}
+    assert 0 < measured["TaskDuration"] < 1
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize(("name", "width"), [("one", 1200), ("two", 1200), ("findings", 1200), ("findings", 360)])
+AXE = [("small", 1200, "light"), ("small", 360, "dark"), ("two", 1200, "dark")]
+
+
+@pytest.mark.parametrize(("name", "width", "scheme"), AXE)
 def test_axe_finds_no_serious_fault(opened: Open, name: str, width: int, scheme: str) -> None:
     from axe_playwright_python.sync_playwright import Axe
 

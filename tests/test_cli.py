@@ -76,6 +76,7 @@ def test_run_eval_ask(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "accuracy" in printed
     assert "results.json" in printed
     run = Path("out")
+    assert "out/report.html" in printed and "Traces" in (run / "report.html").read_text(encoding="utf-8")
     assert read_json(run / "manifest.json")["best"]["by"] == "eval_acc on validation"
     assert read_json(run / "manifest.json")["metrics"]["peak_memory"] > 0
     assert any("eval_acc" in entry for entry in read_json(run / "trainer_state.json")["log_history"])

@@ -123,6 +123,14 @@ def test_trying_tells_memory_from_reason_and_shows_why() -> None:
     }
 
 
+def test_gold_lines_that_leave_no_room_prove_nothing() -> None:
+    gold = [asked(0), asked(1)]
+    traces, lines = [made(trace) for trace in gold], gold_lines(gold)[1]
+    tried = {name: begin(name, traces, lines) for name in ("gold", "own", "other")}  # nothing was generated behind them
+    unanswered = {name: [replace(trace, prediction="") for trace in some] for name, some in tried.items()}
+    assert {one.verdict for one in attribute_by_trying(traces, "labelled", lines, unanswered)} == {"unjudged"}
+
+
 def test_the_other_question_is_never_of_the_same_group() -> None:
     gold = [asked(n).with_question(meta={"group": "one"}) for n in range(2)]
     (first, _) = begin("other", [made(trace) for trace in gold], gold_lines(gold)[1])
@@ -291,7 +299,7 @@ def test_a_judged_run_end_to_end(
     steps = [{"kinds": ["memory"], "text": "It is of lead."}, {"kinds": ["reason"], "text": "So it sinks."}]
     samples.write_text("".join(json.dumps({**line, "steps": steps, "prediction": "False"}) + "\n" for line in written))
     capsys.readouterr()
-    with serving(ScriptedTeacher(answer=lambda body: GOOD, key=KEY)) as url:
+    with serving(ScriptedTeacher(key=KEY)) as url:
         flags = ["--judge", "scripted", "--base-url", url, "--key-env", "MY_KEY", "--teacher.max_tokens", "64"]
         assert main([*words, *flags]) == 0
         out = capsys.readouterr().out
@@ -300,7 +308,9 @@ def test_a_judged_run_end_to_end(
     table, lines = read_json(path), [line for _, line in read_jsonl(path.with_name("faults.jsonl"))]
     assert table["wrong"] == table["judge"]["asked"] == 3 and table["ways"]["judge"]["memory"] == 3
     assert {line["ways"]["judge"] for line in lines} == {"memory", "right"}
-    assert [line["judge"]["why"] for line in lines if "judge" in line] == [GOOD["why"]] * 3
+    assert [(line["judge"]["line"], line["judge"]["text"]) for line in lines if "judge" in line] == [
+        (1, "It is of lead.")
+    ] * 3
     assert not [one for one in run.rglob("*") if one.is_file() and KEY.encode() in one.read_bytes()]
 
 

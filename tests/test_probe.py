@@ -9,18 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import byte_level, save_base, tiny_recipe
 
+from conftest import byte_level, save_base, tiny_recipe
 from memreason import inside, pipeline
 from memreason.cli import main
 from memreason.core.files import read_json, read_traces, write_traces
 from memreason.core.trace import Question, Step, Trace
 from memreason.data.atlas import make_atlas
-from memreason.data.atlas_changes import false_line, other_country
+from memreason.data.atlas_changes import LESIONS, false_line, lesioned, other_country
 from memreason.data.atlas_facts import memory_line_true, read_statement, restated
-from memreason.data.atlas_rules import answer_from, line_kind
+from memreason.data.atlas_rules import answer_from, line_kind, reason_from
 from memreason.encode.scheme import Codec, TokenScheme
 from memreason.encode.vocab import add_tokens
+from memreason.measure.attribute import attribute
 from memreason.measure.kinds import kind_reader, learnt_reader, reader_accuracy
 from memreason.measure.probe import MEANINGS, PROBES, Begun, Case, begun, cases_of, probe_table
 
@@ -64,6 +65,26 @@ def test_lines_that_say_nothing_known_are_left_alone() -> None:
     assert false_line(question, ["Cats purr."], random.Random(0)) is None
     assert other_country(question, ["Cats purr."], random.Random(0)) is None
     assert restated("The Netherlands lies in Europe.", "Asia", "the Sudan") == "The Sudan lies in Asia."
+
+
+@pytest.mark.parametrize("lesion", LESIONS)
+def test_a_lesion_breaks_what_it_names_and_nothing_else(lesion: str) -> None:
+    """Attribution of the lesioned traces themselves, by the gold answers of the questions, says which it was."""
+    traces = make_atlas("train", 150)
+    changed = lesioned(traces, lesion, 0.5, seed=1)
+    verdicts = []
+    for before, after in zip(traces, changed, strict=True):
+        found = attribute(replace(after, question=before.question, prediction=after.question.answer))
+        assert (found.verdict == "right") == (after == before)
+        verdicts += [] if after == before else [found.verdict]
+    assert 50 < len(verdicts) < 100 and set(verdicts) == {"memory" if lesion == "facts" else "reason"}
+    assert lesioned(traces, lesion, 0.5, seed=1) == changed != lesioned(traces, lesion, 0.5, seed=2)
+
+
+def test_reason_lines_are_written_as_atlas_writes_them() -> None:
+    for trace in make_atlas("test", 150):
+        assert reason_from(trace.question, lines_of(trace)) == trace.of_kind("reason")[0].text
+        assert reason_from(trace.question, []) is None
 
 
 # --- what is given

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from made_run import answered, falsified, save_evaluation, save_findings, save_run
 
+from made_run import answered, falsified, save_evaluation, save_findings, save_run
 from memreason.cli import main
 from memreason.core.errors import CheckpointError
 from memreason.core.files import read_json, read_jsonl, write_json, write_jsonl
@@ -132,7 +132,7 @@ def test_the_newest_evaluation_of_each_task_counts(tmp_path: Path) -> None:
 
 def test_a_run_means_its_best_checkpoint(run: Path, tmp_path: Path) -> None:
     assert gather([run])["runs"][0]["checkpoint"] == "checkpoint-113"
-    with pytest.raises(CheckpointError, match="holds no evaluation. Make one first: memreason eval"):
+    with pytest.raises(CheckpointError, match="holds no evaluation"):
         gather([tmp_path])
     with pytest.raises(CheckpointError, match="no such run"):
         gather([tmp_path / "none"])
@@ -200,6 +200,22 @@ def test_only_sections_of_what_is_there(tmp_path: Path) -> None:
     assert {"between", "faults", "confidence", "attention", "probe", "learning"}.isdisjoint(ids)
 
 
+def test_faults_found_by_other_ways_alone_are_shown(run: Path) -> None:
+    """Away from atlas there is no exact way: nothing is lucky or both, nothing has a level, some are unjudged."""
+    data = gather([run])
+    (one,) = data["runs"][0]["evaluations"]
+    rate = {"share": 0.5, "wilson": [0.4, 0.6], "n": 9}
+    tried = {"accuracy": {"before": rate, "gold": rate}, "mended": {"gold": rate}, "changed": {"gold": rate}}
+    pair = {"between": ["counterfactual", "judge"], "agreement": rate, "kappa": {"kappa": 0.7, "by_group": [0.6, 0.8]}}
+    counts = {"memory": 3, "reason": 2, "format": 0, "right": 50, "unjudged": 5}
+    shares = {name: {**rate, "by_group": [0.3, 0.7]} for name in counts}
+    one["faults"] = {"counts": counts, "shares": shares, "of_wrong": {"memory": None}, "by": {}, "trends": {}}
+    assert "by form" not in Page(page(data)).text
+    one["faults"] |= {"counterfactual": tried, "agreement": [pair]}
+    text = Page(page(data)).text
+    assert "unjudged 5" in text and "Cohen's kappa 0.700 (0.600 to 0.800)" in text and "as generated" in text
+
+
 def test_page_says_that_the_test_split_chose(run: Path) -> None:
     data = gather([run])
     assert "optimistic" not in page(data)
@@ -236,7 +252,8 @@ def test_pictures_put_values_in_their_places() -> None:
 
 
 def test_pictures_escape_their_names() -> None:
-    assert "<b>" not in charts.heat(["<b>"], [[1.0]]) + charts.stack({"<b>": 1}) + charts.interval(0, 0, 1, {"<b>": 0.5})
+    drawn = [charts.heat(["<b>"], [[1.0]]), charts.stack({"<b>": 1}), charts.interval(0, 0, 1, {"<b>": 0.5})]
+    assert not any("<b>" in one for one in drawn) and all("&lt;b&gt;" in one for one in drawn)
 
 
 # --- tables

@@ -4,90 +4,47 @@ from __future__ import annotations
 
 import http.client
 import json
+import re
+import signal
+import socket
+import subprocess
+import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from conftest import own_traces, save_base, tiny_recipe
+from conftest import tiny_recipe
 from memreason import pipeline
+from memreason.cli import main
 from memreason.core.files import read_traces
-from memreason.core.recipe import EvalRecipe
 from memreason.core.trace import Question, Step, Trace
 from memreason.finetune.checkpoint import Checkpoint, load_checkpoint
 from memreason.generate import engine
 from memreason.generate.answer import answer_questions
 from memreason.generate.onward import continue_traces
-from memreason.serve.app import Service, make_app
-from memreason.serve.guard import Guard, own_host, policy
-from memreason.serve.live import Live
-from memreason.serve.run import listen, make_server, run
+from memreason.serve import run as serve_run
+from memreason.serve.guard import own_host
+from memreason.serve.run import address, is_loopback
+from served import KNOWN, PAGE, SETTINGS, Served, fluent_run, serving
 
-PAGE = "<!doctype html><title>page</title><script>1</script><style>p{}</style>"
-KNOWN = own_traces(8)
-SETTINGS = EvalRecipe(max_new_tokens=80, batch_size=8)
 CONTROL = "Is <memory_0><answer_0> the capital <|end|> of Peru?"
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that has learnt to write traces."""
-    folder = tmp_path_factory.mktemp("served")
-    return pipeline.train(tiny_recipe(folder, save_base(folder / "base"), **{"train.max_steps": 150}))
+    return fluent_run(tmp_path_factory.mktemp("served"))
 
 
 @pytest.fixture(scope="module")
 def checkpoint(trained: Path) -> Checkpoint:
     return load_checkpoint(trained)
-
-
-@dataclass
-class Served:
-    """A running server, and the answers that its model gives without it."""
-
-    port: int
-    live: Live
-    corrections: Path
-
-    def post(self, path: str, body: Any, **headers: str) -> tuple[int, dict[str, str], bytes]:
-        data = body if isinstance(body, bytes) else json.dumps(body).encode()
-        return self.send("POST", path, data, **{"content_type": "application/json", **headers})
-
-    def send(self, method: str, path: str, data: bytes = b"", **headers: str) -> tuple[int, dict[str, str], bytes]:
-        wire = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
-        wire.request(method, path, data, {name.replace("_", "-"): value for name, value in headers.items()})
-        found = wire.getresponse()
-        read = found.read()
-        wire.close()
-        return found.status, {name.lower(): value for name, value in found.getheaders()}, read
-
-    def events(self, path: str, body: Any) -> list[dict[str, Any]]:
-        status, _, read = self.post(path, body)
-        assert status == 200, read
-        return [json.loads(line) for line in read.splitlines()]
-
-
-@contextmanager
-def serving(checkpoint: Checkpoint, folder: Path, *, limit: int = 16, **more: Any) -> Iterator[Served]:
-    live = Live(checkpoint.model, checkpoint.codec, SETTINGS, limit=limit)
-    known = {trace.question.id: trace for trace in KNOWN}
-    service = Service(live, PAGE, folder / "corrections.jsonl", known=known, traces=[{"id": "x"}], **more)
-    listener, port = listen("127.0.0.1", 0)
-    server = make_server(Guard(make_app(service), "127.0.0.1", port, policy(PAGE)), live)
-    thread = threading.Thread(target=run, args=(server, live, listener))
-    thread.start()
-    try:
-        yield Served(port, live, service.corrections)
-    finally:
-        server.should_exit = True
-        thread.join()
-        assert not live.thread.is_alive()
 
 
 @pytest.fixture(scope="module")
@@ -184,12 +141,14 @@ class Held:
         monkeypatch.setattr(engine._Network, "scores", held)
 
 
-def until(true: Any) -> bool:
-    """Whether it comes true within ten seconds."""
-    end = time.monotonic() + 10
-    while not true() and time.monotonic() < end:
+def until(true: Callable[[], Any]) -> bool:
+    """Whether it comes true within half a minute."""
+    end = time.monotonic() + 30
+    while time.monotonic() < end:
+        if true():
+            return True
         time.sleep(0.01)
-    return bool(true())
+    return False
 
 
 def open_stream(server: Served, trace: Trace) -> http.client.HTTPConnection:
@@ -380,3 +339,68 @@ def test_corrections_are_labelled_traces_that_train(server: Served, trained: Pat
     assert len(read_traces(server.corrections)) == 25
     recipe = tiny_recipe(tmp_path, trained.parent / "base", **{"data.paths": [str(server.corrections)]})
     assert pipeline.train(recipe.model_copy(update={"output_dir": str(tmp_path / "again")})).is_dir()
+
+
+def test_after_the_limit_open_requests_are_dropped(
+    checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(serve_run, "AFTER", 0.0)
+    with serving(checkpoint, tmp_path, grace=0.3) as server:
+        held = Held(server, monkeypatch)
+        wire = open_stream(server, KNOWN[0])
+        assert until(lambda: server.live.open)
+        server.server.handle_exit(signal.SIGTERM, None)
+        assert until(lambda: not server.thread.is_alive())
+        held.free.set()
+        wire.close()
+        server.live.thread.join(10)
+
+
+@contextmanager
+def started(run: Path, *words: str) -> Iterator[tuple[subprocess.Popen[str], int]]:
+    """`memreason serve` as a process of its own, and its port."""
+    command = [sys.executable, "-m", "memreason", "serve", str(run), "--port", "0", *words]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    try:
+        assert process.stdout is not None
+        found = next(m for line in process.stdout if (m := re.search(r"http://127\.0\.0\.1:(\d+)/", line)))
+        yield process, int(found[1])
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_sigterm_lets_streams_end_and_takes_no_new_ones(trained: Path, expected: dict[str, Trace]) -> None:
+    words = ["--eval.batch_size", "1", "--eval.max_new_tokens", "80"]
+    with started(trained, *words) as (process, port):
+        server = Served(port, *[None] * 4)  # type: ignore[arg-type]
+        assert b"Not evaluated yet" in server.send("GET", "/")[2]
+        replies = [open_stream(server, trace).getresponse() for trace in KNOWN * 4]  # all are open, few have ended
+        process.send_signal(signal.SIGTERM)
+        late: list[http.client.HTTPResponse] = []
+        assert until(lambda: late.append(open_stream(server, KNOWN[0]).getresponse()) or late[-1].status == 503)
+        assert "stopping" in json.loads(late[-1].read())["error"] and late[-1].headers["Retry-After"]
+        for reply, trace in zip([*replies, *late[:-1]], [*KNOWN * 4, *[KNOWN[0]] * len(late)], strict=False):
+            assert same(json.loads(reply.read().splitlines()[-1]), expected[trace.question.text])
+        assert process.wait(60) == 0
+
+
+def test_what_is_missing_or_taken_is_said(
+    trained: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert main(["serve", str(trained), "--port", str(port)]) == 2
+        assert f"--port {port}: cannot listen there" in capsys.readouterr().err
+    assert main(["serve", str(trained), "--port", "123456"]) == 2
+    assert "--port 123456: cannot listen there" in capsys.readouterr().err
+    monkeypatch.setattr("memreason.pages.find_spec", lambda name: None if name == "uvicorn" else True)
+    assert main(["serve", str(trained)]) == 2
+    assert "uvicorn not installed: pip install 'memreason[serve]'" in capsys.readouterr().err
+
+
+def test_addresses() -> None:
+    assert address("0.0.0.0", 80) == "http://localhost:80/" and address("::1", 1) == "http://[::1]:1/"
+    assert [is_loopback(host) for host in ("127.0.0.1", "::1", "localhost", "0.0.0.0", "box")] == [True] * 3 + [
+        False
+    ] * 2

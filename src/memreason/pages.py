@@ -30,8 +30,8 @@ def write_report(
 ) -> Path:
     """One self-contained page of a run, a checkpoint or an evaluation, or of several beside one another; its path.
 
-    Without `out` it is report.html in the run, of several in the working directory. `csv` and `json` take the same data:
-    a row a trace, and all of it. Raises CheckpointError for a path without an evaluation.
+    Without `out` it is report.html in the run, of several in the working directory. `csv` and `json` take the same
+    data: a row a trace, and all of it. Raises CheckpointError for a path without an evaluation.
     """
     from memreason.core.files import write_json, write_text
     from memreason.report.gather import gather

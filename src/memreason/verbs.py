@@ -44,6 +44,7 @@ def _train(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
         print(recipe.to_yaml(), end="")
         return
     from memreason import pipeline
+    from memreason.pages import write_report
     from memreason.report.console import figures
     from memreason.report.terminal import print_results, print_samples
 
@@ -56,6 +57,7 @@ def _train(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
         results = pipeline.run(recipe, fresh=arguments.fresh)
         print_samples(results)
         print_results(results)
+        figures("", [("report", str(write_report(recipe.folder))), ("live", f"memreason serve {recipe.folder}")])
 
 
 def _eval(arguments: argparse.Namespace, rest: Sequence[str]) -> None:

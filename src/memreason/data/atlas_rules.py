@@ -115,7 +115,9 @@ def reason_from(question: Question, lines: Sequence[str], answer: str | None = N
         asks = question.meta["form"] == "country_on_continent"
         said = f"The one in {asked_in(question)}" if asks else "The choice"
         return f"{said} is {question.choices[LETTERS.index(answer)]} ({answer})."
-    *first, last = _compared(question, _stated(lines)) or ()
+    values = _compared(question, _stated(lines))
+    assert values  # the lines settle it
+    *first, last = values
     return f"{', '.join(first)} and {last} are {'the same' if answer == 'True' else 'different'}."
 
 

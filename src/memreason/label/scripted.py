@@ -36,6 +36,8 @@ def obedient(body: Body) -> Any:
     if '{"facts"' in system:
         facts = NUMBERED.findall(user)
         return {"facts": [{"number": n, "text": f"The register holds: {q}"} for n, q in enumerate(facts, 1)]}
+    if '{"why"' in system:
+        return {"why": "The register holds nothing of the kind.", "line": 1, "verdict": "memory"}
     if '{"kinds"' in system:
         lines = NUMBERED.findall(user)
         return {"kinds": [("memory", "reason")[n % 2] for n in range(len(lines))]}

@@ -110,7 +110,8 @@ def attribute_by_trying(
     what was generated behind it, for each intervention.
 
     A wrong answer is a memory fault if gold lines mend it, else a reason fault: then a step fails even behind gold
-    lines, and whether the trace's own lines were true as well cannot be told. Nor can luck, of a right answer.
+    lines, and whether the trace's own lines were true as well cannot be told. Nor can luck, of a right answer. Without
+    gold lines, or room behind them, it is unjudged.
     """
     evidence: dict[str, dict[str, Any]] = {}
     after = {trace.question.id: score_trace(trace) for trace in tried["gold"]}
@@ -119,10 +120,12 @@ def attribute_by_trying(
         for begun in begin(name, made, gold):
             question = begun.question.id
             evidence.setdefault(question, {})[name] = _tail(begun, became[question])
-    return [
-        replace(_verdict(trace, source, after.get(trace.question.id)), evidence=evidence.get(trace.question.id, {}))
-        for trace in made
-    ]
+    found = []
+    for trace in made:
+        shown = evidence.get(trace.question.id, {})
+        went_on = shown and (shown["gold"]["steps"] or shown["gold"]["answer"])  # not where the lines fill the limit
+        found.append(replace(_verdict(trace, source, after[trace.question.id] if went_on else None), evidence=shown))
+    return found
 
 
 def _verdict(trace: Trace, source: Gold, after: Score | None) -> Attribution:

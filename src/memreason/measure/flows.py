@@ -42,18 +42,10 @@ def flow_table(parts: Sequence[Part], asked: Iterable[Asked]) -> tuple[dict[str,
     row is left out of that row; one without the segment of a column gives it no mass, so that rows sum to one, and is
     left out of its mass per key. Wrong is what is not right, no answer included.
     """
-    sums: dict[str, Array] = {}
-    counts: dict[str, Array] = {}
-    each: list[Asked] = []  # with means over layers and heads alone: a question's whole flow is not kept
-    for one in asked:
-        each.append(one._replace(flow=Flow(*(_mean(values, (0, 1)) for values in one.flow))))
-        for group in ("all", "correct" if one.correct else "wrong"):
-            for key, values in ((group, one.flow.mass), (f"per_key_{group}", one.flow.per_key)):
-                sums[key] = sums.get(key, 0.0) + np.nan_to_num(values)
-                counts[key] = counts.get(key, 0) + ~np.isnan(values)
-    with np.errstate(invalid="ignore"):
-        arrays = {key: values / np.where(counts[key], counts[key], np.nan) for key, values in sums.items()}
+    each, arrays = _averaged(asked)
     means = {key: _plain(_mean(values, (0, 1))) for key, values in arrays.items()}
+    sides = {(one.alike, one.correct) for one in each}
+    mixed = {alike for alike, correct in sides if (alike, not correct) in sides}
     names, right = [part.name for part in parts], sum(one.correct for one in each)
     layers, heads = next(iter(arrays.values())).shape[:2] if arrays else (0, 0)
     table = {
@@ -61,6 +53,7 @@ def flow_table(parts: Sequence[Part], asked: Iterable[Asked]) -> tuple[dict[str,
         "flow": {group: means.get(group) for group in GROUPS},
         "per_key": {group: means.get(f"per_key_{group}") for group in GROUPS},
         "n": {"all": len(each), "correct": right, "wrong": len(each) - right},
+        "alike": sum(one.alike in mixed for one in each),  # with both right and wrong answers to such questions
         "layers": int(layers),
         "heads": int(heads),
         "pairs": _pairs(parts, each),
@@ -71,6 +64,21 @@ def flow_table(parts: Sequence[Part], asked: Iterable[Asked]) -> tuple[dict[str,
         },
     }
     return table, arrays
+
+
+def _averaged(asked: Iterable[Asked]) -> tuple[list[Asked], dict[str, Array]]:
+    """Each question with means over layers and heads alone, since its whole flow is not kept; and for each group the
+    mean of every layer and head over those questions that have it."""
+    sums: dict[str, Array] = {}
+    counts: dict[str, Array] = {}
+    each: list[Asked] = []
+    for one in asked:
+        each.append(one._replace(flow=Flow(*(_mean(values, (0, 1)) for values in one.flow))))
+        for group in ("all", "correct" if one.correct else "wrong"):
+            for key, values in ((group, one.flow.mass), (f"per_key_{group}", one.flow.per_key)):
+                sums[key] = sums.get(key, 0.0) + np.nan_to_num(values)
+                counts[key] = counts.get(key, 0) + ~np.isnan(values)
+    return each, {key: values / np.where(counts[key], counts[key], np.nan) for key, values in sums.items()}
 
 
 def write_arrays(path: Path, arrays: Mapping[str, Array]) -> None:
@@ -102,7 +110,7 @@ def _plain(values: Array) -> list[list[float | None]]:
 
 
 def _pairs(parts: Sequence[Part], asked: Sequence[Asked]) -> list[dict[str, Any]]:
-    """Of each kind of line and what it can look at: mass and mass per key of right and wrong answers, with intervals."""
+    """Of each kind of line and what it can look at: mass and mass per key, right and wrong, with intervals."""
     found = []
     texts = [n for n, part in enumerate(parts) if not part.block and part not in NO_LINE]
     for row in sorted(texts, key=lambda n: parts[n].kind != ANSWER):

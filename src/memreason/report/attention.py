@@ -25,9 +25,9 @@ MEANING = (
     "{over}. Rows sum to one."
 )
 LEGEND = (
-    "What a token of the left segment gives to all of the right one, mean over its tokens, layers, heads and questions; "
-    "right less wrong with intervals of 95 %, also among questions with the same form and lines alone; and what it "
-    "gives to one token (right, wrong)."
+    "What a token of the left segment gives to all of the right one, mean over its tokens, layers, heads and "
+    "questions; right less wrong answers with intervals of 95 %, also among questions of the same form and lines "
+    "alone; and what it gives to one token (right, wrong)."
 )
 
 
@@ -83,6 +83,7 @@ def show_overview(found: Mapping[str, Any], arrays: Mapping[str, Array], folder:
         + Text(f", {found['layers']} layers, {found['heads']} heads", style="not bold")
     )
     console.print(_table(found["pairs"]))
+    console.print(f"alike: {found['alike']} of {n['all']} questions have both right and wrong answers of their sort")
     if found["strongest"]:
         figures("heads that look there most (layer.head mass)", [_heads(*item) for item in found["strongest"].items()])
     written = Path(found["folder"])

@@ -46,6 +46,7 @@ OTHERS = ("#009e73", "#cc79a7", "#d55e00", "#56b4e9")  # of other kinds, told ap
 INK, SOFT, RULE = "#1d2433", "#5d6678", "#d9d8d2"
 SHADES = ("#fbfaf8", "#dcdbe8", "#a8a6c9", "#6c6aa3", "#3d3b73", "#1b1a3d")
 CELL, LETTER = 0.155, 7.0  # inches of a token, points of its letters
+INCH = 0.06  # thickness of a stripe
 LABEL = 18  # characters of a token that are shown
 FONTS = ("DejaVu Sans", "Noto Sans CJK JP", "Noto Sans CJK SC", "Noto Sans")  # the later ones where a glyph is missing
 
@@ -121,13 +122,13 @@ def numbers(axes: Any, values: Array, shades: Sequence[str], most: float, *, sig
     from matplotlib.colors import LinearSegmentedColormap, Normalize
 
     colours = LinearSegmentedColormap.from_list("cells", list(shades), bad="#efeee9")
-    norm = Normalize(-most if signed else 0.0, most)
+    norm = Normalize(-most if signed else 0.0, most, clip=True)
     axes.imshow(values, colours, norm, aspect="auto", interpolation="nearest")
     _plain(axes)
     for (row, column), value in np.ndenumerate(values):
         if not np.isnan(value) and abs(value) >= 0.0005:
             told = f"{value:+.3f}".replace("-", "−") if signed else f"{value:.2f}"
-            light = sum(colours(norm(value))[:3]) < 1.5
+            light = sum(colours(norm(value))[:3]) < 1.75
             axes.text(column, row, told, ha="center", va="center", fontsize=6.5, color="white" if light else INK)
 
 
@@ -136,21 +137,36 @@ def _plain(axes: Any) -> None:
         spine.set_color(RULE)
 
 
-def marks_beside(axes: Any, rows: Sequence[Mark], columns: Sequence[Mark], cell: float) -> None:
-    """Labels with a stripe in their kind's colour; those of block tokens stand on that colour. `cell` in inches."""
-    axes.set_yticks(range(len(rows)), [mark.text for mark in rows])
-    axes.set_xticks(range(len(columns)), [mark.text for mark in columns], rotation=90)
-    axes.tick_params(length=0, pad=10)
-    for labels, marks in ((axes.get_yticklabels(), rows), (axes.get_xticklabels(), columns)):
-        for label, mark in zip(labels, marks, strict=True):
-            label.set_color(INK if mark.part.block else ink(mark.part))
-            if mark.part.block:
-                label.set_bbox({"facecolor": tone(mark.part), "edgecolor": "none", "pad": 0.8})
-    thick = 0.06 / cell
+def marks_beside(axes: Any, rows: Sequence[Mark], columns: Sequence[Mark], cell: tuple[float, float]) -> None:
+    """Labels with a stripe in their kind's colour; those of block tokens stand on that colour.
+
+    `cell` is width and height in inches. Plain texts: an axis with so many ticks takes thrice as long to draw.
+    """
+    axes.set(xticks=[], yticks=[])
+    wide, high = (INCH / side for side in cell)
+    left, below = -0.5 - 2.6 * wide, len(rows) - 0.5 + 2.2 * high
     for n, mark in enumerate(rows):
-        _stripe(axes, (-0.5 - 1.4 * thick, n - 0.5), thick, 1.0, mark.part)
+        axes.text(left, n, mark.text, ha="right", va="center", **_ink(mark.part))
     for n, mark in enumerate(columns):
-        _stripe(axes, (n - 0.5, len(rows) - 0.5 + 0.4 * thick), 1.0, thick, mark.part)
+        axes.text(n, below, mark.text, ha="center", va="top", rotation=90, **_ink(mark.part))
+    for first, size, part in _runs(rows):
+        _stripe(axes, (-0.5 - 1.4 * wide, first - 0.5), wide, size, part)
+    for first, size, part in _runs(columns):
+        _stripe(axes, (first - 0.5, len(rows) - 0.5 + 0.4 * high), size, high, part)
+
+
+def _ink(part: Part) -> dict[str, Any]:
+    box = {"facecolor": tone(part), "edgecolor": "none", "pad": 0.8}
+    return {"color": INK, "bbox": box} if part.block else {"color": ink(part)}
+
+
+def _runs(marks: Sequence[Mark]) -> Iterator[tuple[int, int, Part]]:
+    """First, size and segment of marks that belong together, a line's block and its text."""
+    first = 0
+    for (kind, line), group in groupby(marks, key=lambda mark: (mark.part.kind, mark.part.line)):
+        size = len(list(group))
+        yield first, size, Part(kind, line)
+        first += size
 
 
 def _stripe(axes: Any, corner: tuple[float, float], width: float, height: float, part: Part) -> None:
@@ -160,25 +176,19 @@ def _stripe(axes: Any, corner: tuple[float, float], width: float, height: float,
 
 
 def headings(axes: Any, rows: Sequence[Mark], columns: Sequence[Mark]) -> None:
-    """The name of each segment over its columns, its text's and its block's together, and thin rules between them."""
-    place = 0
-    for (kind, line), group in groupby(columns, key=lambda mark: (mark.part.kind, mark.part.line)):
-        size = len(list(group))
-        name = Part(kind, line).name
+    """The name of each segment over its columns, and thin rules between them."""
+    for first, size, part in _runs(columns):
         if size >= 2:
-            narrow = size * CELL * 72 < 0.55 * LETTER * len(name)
+            narrow = size * CELL * 72 < 0.6 * LETTER * len(part.name)
             axes.text(
-                place + size / 2 - 0.5, -0.9, name, ha="left" if narrow else "center", va="bottom",
-                rotation=50 if narrow else 0, color=ink(Part(kind)), fontweight="bold", fontsize=LETTER + 1,
+                first + size / 2 - 0.5, -0.9, part.name, ha="left" if narrow else "center", va="bottom",
+                rotation=50 if narrow else 0, color=ink(part), fontweight="bold", fontsize=LETTER + 1,
             )  # fmt: skip
-        if place:
-            axes.axvline(place - 0.5, color=RULE, linewidth=0.6)
-        place += size
-    place = 0
-    for _, group in groupby(rows, key=lambda mark: (mark.part.kind, mark.part.line)):
-        if place:
-            axes.axhline(place - 0.5, color=RULE, linewidth=0.6)
-        place += len(list(group))
+        if first:
+            axes.axvline(first - 0.5, color=RULE, linewidth=0.6)
+    for first, _, _ in _runs(rows):
+        if first:
+            axes.axhline(first - 0.5, color=RULE, linewidth=0.6)
 
 
 def title_over(figure: Any, title: str, about: str) -> None:

@@ -34,9 +34,18 @@
     return [label, made];
   }
 
+  // Enter alone; with Shift it breaks the line, and it may end a word of an input method.
+  function onEnter(element, act) {
+    element.addEventListener("keydown", (event) => {
+      if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
+      event.preventDefault();
+      act();
+    });
+  }
+
   function status() {
     const made = make("p", "told");
-    made.setAttribute("role", "status");
+    made.role = "status";
     return made;
   }
 
@@ -59,8 +68,7 @@
   async function stream(path, body, signal, show) {
     const reader = (await post(path, body, signal)).body.getReader();
     const decoder = new TextDecoder();
-    let rest = "";
-    let trace = null;
+    let [rest, trace] = ["", null];
     for (;;) {
       const { done, value } = await reader.read();
       rest += done ? decoder.decode() : decoder.decode(value, { stream: true });
@@ -93,7 +101,6 @@
   }
 
   const tone = (kind) => ["memory", "reason"].find((name) => kind.split("+")[0] === name) || "line";
-
   const chip = (kind) => make("span", `chip ${tone(kind)}`, kind || "line");
   const said = (text) => make("span", "said", text);
 
@@ -160,12 +167,7 @@
       const options = choices.value.split("\n").map((line) => line.trim()).filter(Boolean);
       ask({ question: question.value.trim(), choices: options }, answers, told);
     });
-    question.addEventListener("keydown", (event) => {
-      if (event.key === "Enter" && !event.shiftKey) {
-        event.preventDefault();
-        form.requestSubmit();
-      }
-    });
+    onEnter(question, () => form.requestSubmit());
     const title = make("h2", "", "Ask the model");
     title.id = "ask-title";
     box.setAttribute("aria-labelledby", title.id);
@@ -201,19 +203,17 @@
   function tools(trace, place, container) {
     const line = trace.lines[place];
     if (tone(line.kind) !== "memory") return;
-    const open = button("Change this line", () => {
-      const shown = open.getAttribute("aria-expanded") === "true";
-      open.setAttribute("aria-expanded", String(!shown));
-      if (shown) panel.remove();
-      else {
-        panel = changePanel(trace, place);
-        container.append(panel);
-        panel.querySelector("textarea").focus();
-      }
-    });
     let panel = null;
-    open.setAttribute("aria-expanded", "false");
-    open.setAttribute("aria-label", `Change this line: ${line.text}`);
+    const open = button("Change this line", () => {
+      if (panel) panel.remove();
+      panel = panel ? null : changePanel(trace, place);
+      open.ariaExpanded = String(Boolean(panel));
+      if (!panel) return;
+      container.append(panel);
+      panel.querySelector("textarea").focus();
+    });
+    open.ariaExpanded = "false";
+    open.ariaLabel = `Change this line: ${line.text}`;
     const item = container.closest("li");
     let below = item.querySelector(":scope > .below");
     if (!below) item.insertBefore((below = make("span", "below")), item.querySelector(".room"));
@@ -228,7 +228,9 @@
     const told = status();
     const result = make("div", "result");
     text.maxLength = 1000;
-    text.addEventListener("input", () => { line.source = ""; });
+    text.addEventListener("input", () => {
+      line.source = "";
+    });
     const run = async () => {
       line.text = text.value.trim();
       go.disabled = true;
@@ -236,17 +238,13 @@
       go.disabled = false;
     };
     const go = button("Run from here", run, "main");
-    text.addEventListener("keydown", (event) => {
-      if (event.key === "Enter" && !event.shiftKey) {
-        event.preventDefault();
-        if (!go.disabled) go.click();
-      }
-    });
-    offer(trace, line, offers, (taken, source) => {
+    onEnter(text, () => go.click());
+    const take = (taken, source) => {
       text.value = taken;
       line.source = source;
       text.focus();
-    });
+    };
+    offer(trace, line, offers, take).catch((error) => tell(told, `No lines are offered: ${error.message}`, true));
     return make("div", "change", label, text, offers, make("div", "buttons", go, told), result);
   }
 
@@ -272,8 +270,8 @@
     const before = make("ol", "lines");
     const after = make("ol", "lines");
     drawTail(before, trace, place);
-    const columns = [make("div", "before", make("h4", "", "Before"), before), make("div", "after", make("h4", "", "After"), after)];
-    result.replaceChildren(make("div", "tails", ...columns));
+    const column = (name, lines) => make("div", name.toLowerCase(), make("h4", "", name), lines);
+    result.replaceChildren(make("div", "tails", column("Before", before), column("After", after)));
     const known = new Set(trace.lines.slice(place).map((old) => old.text));
     const behind = (now) => now.lines.slice(above.length).map((one) => ({ ...one, differs: !known.has(one.text) }));
     const given = (now) => ({ ...now, lines: [...above, ...behind(now)] });
@@ -283,8 +281,8 @@
       const now = given(await stream("/continue", sent(trace, above), undefined, (so) => drawTail(after, given(so), place)));
       now.gold = now.gold || trace.gold;
       drawTail(after, now, place);
-      const same = now.prediction === trace.prediction;
-      tell(told, same ? `the answer stays ${now.prediction || "none"}` : `${trace.prediction || "none"} → ${now.prediction || "none"}`);
+      const [old, fresh] = [trace, now].map((one) => one.prediction || "none");
+      tell(told, old === fresh ? `the answer stays ${fresh}` : `${old} → ${fresh}`);
       result.append(keepForm(now));
     } catch (error) {
       after.classList.remove("writing");
@@ -311,13 +309,7 @@
     return make("div", "keep", label, keep, told);
   }
 
-  // ---- what the page calls: a line of an opened trace, and the element that it was drawn in
-
-  window.memreasonLive = (row, place, container) => {
-    const made = row.of ? row.of.find(Boolean) : row;
-    tools({ ...row, ...made }, place, container);
-  };
-
+  window.memreasonLive = tools; // the page calls it for each line of a trace that is opened
   const main = document.querySelector("main");
   main.insertBefore(askBox(), main.querySelector(".cards, section"));
 })();

@@ -88,7 +88,7 @@ def _last(run: Mapping[str, Any]) -> float:
 def _reach(runs: list[dict[str, Any]], comparisons: list[dict[str, Any]]) -> float:
     """How far the scale of differences reaches to both sides."""
     probes = [one["probe"] for run in runs for one in run["evaluations"] if one["probe"]]
-    ends = [end for probe in probes for row in probe["interventions"] for end in row["interval"]]
+    ends: list[float] = [end for probe in probes for row in probe["interventions"] for end in row["interval"]]
     ends += [end for one in comparisons for end in one["interval"]]
     return max([0.05, *(abs(end) for end in ends if end is not None)])
 

@@ -65,7 +65,7 @@ class HttpRetriever:
         if response.status_code != 200:
             said = " ".join(response.text.split())[:200]
             raise RetrieverError(
-                f"{self.url}: HTTP {response.status_code}. Is it the address of /retrieve? It says: {said}"
+                f"{self.url}: HTTP {response.status_code}, is it the address of /retrieve? It says: {said}"
             )
         try:
             return response.json()

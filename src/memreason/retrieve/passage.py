@@ -12,7 +12,7 @@ from memreason.generate.recall import Found, Search
 
 __all__ = ["Passage", "Retriever", "closest", "searching", "sentence_for"]
 
-CANDIDATES = 10  # passages looked at for a line
+CANDIDATES = 50  # passages looked at for a line: many may share its claim
 LONGEST = 240  # characters of a passage that is taken whole
 SENTENCE = re.compile(r"(?<=[.!?。！？])\s+|\n+")
 
