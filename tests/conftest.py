@@ -75,7 +75,8 @@ NO_BROWSER = "no Chromium here"
 BROWSER_FLAGS = ("gpu", "background-networking", "component-update", "sync")  # what Chromium shall leave alone
 
 
-@pytest.fixture(scope="module")  # while Playwright is open its loop runs in this thread: no other test could use asyncio
+# Of the module, not the session: while Playwright is open its loop runs in this thread, and no test can use asyncio.
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     """The system's Chromium, driven by Playwright; tests that need it are left out where there is none."""
     path = shutil.which("chromium")

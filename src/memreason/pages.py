@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 __all__ = ["needs_server", "serve", "write_report"]
 
 LIMIT = 64  # requests that may be open at once
+NO_DATA: dict[str, Any] = {"runs": [], "traces": []}
 
 
 def write_report(
@@ -83,13 +84,14 @@ def serve(
 
     loaded = checkpoint or load_checkpoint(path, base=base)
     settings, folder = settings or loaded.recipe.eval, _folder(loaded)
-    task, page, traces = settings.task or loaded.recipe.data.task, *_page(path, folder)
+    task, (page, data) = settings.task or loaded.recipe.data.task, _page(path, folder)
     listener, port = listen(host, port)
     if torch.cuda.is_available() and not getattr(loaded.model, "is_quantized", False):
         loaded.model.to("cuda")
     live = Live(loaded.model, loaded.codec, settings, limit=limit)
-    known = _known(task, settings, loaded)
-    service = Service(live, page, folder / "corrections.jsonl", task, traces, known, _search(settings))
+    shown = [EvalRecipe(**one["settings"]) for run in data["runs"] for one in run["evaluations"]]
+    known = _known(task, [*shown, settings], loaded)
+    service = Service(live, page, folder / "corrections.jsonl", task, data["traces"], known, _search(settings))
     server = make_server(Guard(make_app(service), host, port, policy(page)), live)
     if not is_loopback(host):
         note(f"{host}: whoever reaches this address can ask and read, there is no login")
@@ -103,8 +105,8 @@ def _folder(loaded: Checkpoint) -> Path:
     return parent if (parent / "manifest.json").is_file() else loaded.folder
 
 
-def _page(path: Path | str, folder: Path) -> tuple[str, list[Any]]:
-    """The report, live, and the traces in it; of a run that was never evaluated a page to ask on."""
+def _page(path: Path | str, folder: Path) -> tuple[str, dict[str, Any]]:
+    """The report, live, and its data; of a run that was never evaluated a page to ask on, and no data."""
     from memreason.core.errors import CheckpointError
     from memreason.report.gather import gather
     from memreason.report.page import page
@@ -113,18 +115,22 @@ def _page(path: Path | str, folder: Path) -> tuple[str, list[Any]]:
     try:
         found = gather([path])
     except CheckpointError:
-        return render("live.html.j2", {"name": folder.resolve().name, "path": str(path)}), []
-    return page({**found, "live": True}), found["traces"]
+        return render("live.html.j2", {"name": folder.resolve().name, "path": str(path)}), NO_DATA
+    return page({**found, "live": True}), found
 
 
-def _known(task: str, settings: EvalRecipe, loaded: Checkpoint) -> Mapping[str, Trace]:
-    """Labelled traces of the questions that the settings ask, by question id; none where they cannot be had."""
-    try:
-        traces = load_eval(task, settings.split, loaded.recipe.data, settings.n, seed=settings.seed)
-    except MemreasonError as error:
-        note(f"gold lines are not offered: {error}")
-        return {}
-    return {question_id(task, one.question.text, one.question.choices): one for one in traces}
+def _known(task: str, asked: Sequence[EvalRecipe], loaded: Checkpoint) -> Mapping[str, Trace]:
+    """Labelled traces of the questions that these settings ask, by question id; none where they cannot be had."""
+    known: dict[str, Trace] = {}
+    for one in asked:
+        name = one.task or loaded.recipe.data.task
+        try:
+            traces = load_eval(name, one.split, loaded.recipe.data, one.n, seed=one.seed)
+        except MemreasonError as error:
+            note(f"gold lines of {name} / {one.split} are not offered: {error}")
+            continue
+        known |= {question_id(task, trace.question.text, trace.question.choices): trace for trace in traces}
+    return known
 
 
 def _search(settings: EvalRecipe) -> Any:

@@ -22,9 +22,10 @@ def line_figures(sample: Mapping[str, Any]) -> list[dict[str, float | None]]:
     """Of each line of a sample (one object of samples.jsonl), over the tokens of its text without its blocks: mean
     log-probability, mean entropy (nats) and least margin. None where nothing was generated, as in a retrieved line."""
     meta, figures = sample["meta"], ("logprobs", "entropies", "margins")
-    given = meta.get("given", 0)
+    given, spans = meta.get("given", 0), meta.get("spans", ())
+    bodies = meta.get("bodies") or [start for start, _ in spans]  # samples of older versions have none
     lines = []
-    for body, (_, end) in zip(meta.get("bodies", ()), meta.get("spans", ()), strict=True):
+    for body, (_, end) in zip(bodies, spans, strict=True):
         inside = slice(max(0, body - given), max(0, end - given))
         texts = [[value for value in sample.get(name, ())[inside] if value is not None] for name in figures]
         logprobs, entropies, margins = texts

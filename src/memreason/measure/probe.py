@@ -247,6 +247,7 @@ def _effect(name: str, found: Mapping[str, tuple[Begun, Trace]], own: Mapping[st
     difference, *interval = paired_bootstrap(after, before, groups, samples=DRAWS)
     return {
         "name": name,
+        "meaning": MEANINGS[name],
         "n": len(pairs),
         "before": _share(before),
         "accuracy": _share(after),

@@ -39,6 +39,7 @@ def draw_overview(found: Mapping[str, Any], arrays: Mapping[str, Array], folder:
     mass = {name: arrays[name].mean((0, 1)) for name in groups}
     where = f"{found['task']} / {found['split']}: {told} answers. "
     about = where + MEANING.format(over=f"over {found['layers']} layers and {found['heads']} heads, and over questions")
+    about += " The difference is not adjusted for what was asked." if len(mass) > 1 else ""
     drawn = draw_groups(mass, parts, about, folder / "flow")
     names = found["segments"]
     pairs = [(names.index(row), names.index(column)) for row, column in HEADLINES if {row, column} <= {*names}]

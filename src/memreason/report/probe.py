@@ -8,7 +8,6 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from memreason.measure.probe import MEANINGS
 from memreason.report.console import console, figures
 
 __all__ = ["print_probe"]
@@ -23,7 +22,7 @@ def print_probe(found: dict[str, Any]) -> None:
     for one in found["interventions"]:
         low, high = one["interval"]
         table.add_row(
-            Text(f"{one['name']:<13}").append(MEANINGS[one["name"]], style="dim"),
+            Text(f"{one['name']:<13}").append(one["meaning"], style="dim"),
             str(one["n"]),
             f"{one['accuracy']['share']:.3f}",
             f"{one['before']['share']:.3f}",

@@ -42,8 +42,9 @@ def print_curve(found: dict[str, Any]) -> None:
     about = f"{found['task']} / {found['split']}: {found['points'][0]['n']} questions, corpus {found['corpus']}"
     figures(about, [("unsure below", f"{found['calibration']['threshold']:.4f}, as calibrated")])
     console.print(table)
-    files = [("figures", Path(found["folder"]) / "curve.json"), ("picture", Path(found["folder"]) / "curve.svg")]
-    figures("where it lies", [(name, str(path)) for name, path in files if path.is_file()])
+    folder, picture = Path(found["folder"]), Path(found["folder"]) / "curve.svg"
+    drawn = [("picture", str(picture))] if picture.is_file() else []
+    figures("where it lies", [("figures", str(folder / "curve.json")), *drawn])
 
 
 def draw_curve(found: dict[str, Any], path: Path) -> None:
