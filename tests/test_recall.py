@@ -52,9 +52,11 @@ class Fluent:
     def questions(self) -> list[Question]:
         return [trace.question for trace in self.traces]
 
-    def answer(self, search: Search | None = None, threshold: float = 0.0, **changes: Any) -> dict[str, Generation]:
+    def answer(
+        self, search: Search | None = None, threshold: float = 0.0, precede: bool = False, **changes: Any
+    ) -> dict[str, Generation]:
         settings = EvalRecipe(**{"batch_size": 2, "max_new_tokens": 70, **changes})
-        passes = retrieving(search, threshold) if search else None
+        passes = retrieving(search, threshold, precede=precede) if search else None
         made = generate(self.model, self.codec, self.questions, settings, passes=passes)
         return {f"{one.question.id}-{one.sample}": one for batch in made for one in batch}
 
@@ -148,6 +150,24 @@ def test_every_line_is_replaced_and_what_follows_sees_it(fluent: Fluent) -> None
         end = one.retrieved[1].place if len(one.retrieved) > 1 else len(one.ids)
         rest = greedy(fluent.model, codec.question_ids(one.question) + one.ids[:start], codec.eos_id, end - start)
         assert one.ids[start:end] == rest
+
+
+def test_a_passage_may_stand_before_the_models_own_line(fluent: Fluent) -> None:
+    """Each passage is a line of its own, with a block; the model's line behind it is not looked up again."""
+    text, asked = "Mars is in space.", list[Any]()
+    made = fluent.answer(scripted(text, asked), math.inf, True, max_new_tokens=120)
+    codec = fluent.codec
+    block = list(codec.block("prefix", "memory"))
+    body = codec.encode(f" {text}\n")
+    for trace in fluent.traces:
+        one = made[f"{trace.question.id}-0"]
+        first = one.retrieved[0]
+        assert one.ids[: first.end] == [*block, *body, *block]
+        end = one.retrieved[1].place if len(one.retrieved) > 1 else len(one.ids)
+        prompt = codec.question_ids(one.question) + one.ids[: first.end]
+        assert one.ids[first.end : end] == greedy(fluent.model, prompt, codec.eos_id, end - first.end)
+        assert fluent.trace(one).steps[0].text == text
+    assert len(asked) == sum(len(one.retrieved) for one in made.values())
 
 
 def test_only_unsure_lines_are_replaced(fluent: Fluent) -> None:

@@ -151,6 +151,9 @@ class EvalRecipe(Stage):
         None,
         description="to retrieve from: .jsonl (id, text), folder of .txt, .md, .jsonl, http(s)://…/retrieve, atlas",
     )
+    retrieved: Literal["replaces", "precedes"] = Field(
+        "replaces", description="a passage stands in place of the model's own memory line, or before it"
+    )
     unsure_below: float | None = Field(
         None, allow_inf_nan=False, description="mean log-probability of an unsure line (None: the calibrated one)"
     )

@@ -51,25 +51,33 @@ def is_unsure(sure: float, threshold: float) -> bool:
     return 1 / (1 + math.exp(-over)) < 0.5
 
 
-def retrieving(search: Search, threshold: float) -> Passes:
-    """Decoding in which `search` replaces memory lines whose sureness is below the threshold (infinite: all of them).
+def retrieving(search: Search, threshold: float, *, precede: bool = False) -> Passes:
+    """Decoding in which `search` replaces memory lines whose sureness is below the threshold (infinite: all of them),
+    or, to `precede` them, puts a line of what it found before each and lets the model write its own anew.
 
     Raises ModelError for a scheme without memory blocks.
     """
-    return partial(_passes, search, threshold)
+    return partial(_passes, search, threshold, precede)
 
 
 def _passes(
-    search: Search, threshold: float, model: Any, codec: Codec, waiting: deque[Row], settings: EvalRecipe
+    search: Search,
+    threshold: float,
+    precede: bool,
+    model: Any,
+    codec: Codec,
+    waiting: deque[Row],
+    settings: EvalRecipe,
 ) -> Iterator[list[Row]]:
     read = _reader(codec, threshold)
+    behind = codec.block(PREFIX, MEMORY) if precede else ()
     stopped: list[tuple[Row, _Line]] = []
     finished: list[Row] = []
 
     def resume() -> bool:
         found = search([(row.question, line.text) for row, line in stopped]) if stopped else ()
         for (row, line), one in zip(stopped, found, strict=True):
-            _put(codec, row, line, one)
+            _put(codec, row, line, one, behind)
             (finished.append if row.over(codec.eos_id) else waiting.appendleft)(row)
         stopped.clear()
         return bool(waiting)
@@ -108,7 +116,7 @@ def _reader(codec: Codec, threshold: float) -> Callable[[Row], _Line | None]:
         begin = next((n for n in range(end, 0, -1) if ids[n - 1] in planning), 0)
         if codec.separator and ids[begin : begin + len(codec.separator)] == codec.separator:
             begin += len(codec.separator)
-        known = any(one.place == begin for one in row.retrieved)
+        known = any(begin in (one.place, one.end) for one in row.retrieved)  # and the model's own behind a passage
         if known or (opening + ids[:begin])[-len(block) :] != block or any(map(breaks, ids[begin : len(ids) - 1])):
             return None
         text, sure = codec.decode(ids[begin:end]).strip(), sureness([one.logprob for one in row.taken[begin:end]])
@@ -117,15 +125,16 @@ def _reader(codec: Codec, threshold: float) -> Callable[[Row], _Line | None]:
     return read
 
 
-def _put(codec: Codec, row: Row, line: _Line, found: Found | None) -> None:
-    """Put a passage in place of a line, if one was found, and make the row ready to go on behind it."""
+def _put(codec: Codec, row: Row, line: _Line, found: Found | None, behind: Sequence[int]) -> None:
+    """Put a passage in place of a line, if one was found, `behind` it what opens the next line, and make the row ready
+    to go on from there."""
     text = " ".join(found[1].split()) if found else ""
     if found and text:
-        body = _encode(codec, text)
+        body = [*_encode(codec, text), *behind]
         row.ids[line.begin :] = body
         row.taken[line.begin :] = [Taken(token, math.nan, math.nan, math.nan) for token in body]
         del row.ids[row.limit :], row.taken[row.limit :]
-        row.retrieved.append(Retrieved(line.begin, found[0], line.text, line.sureness))
+        row.retrieved.append(Retrieved(line.begin, line.begin + len(body), found[0], line.text, line.sureness))
     row.pending = codec.question_ids(row.question) + codec.opening() + row.ids
     row.fed = row.drafted = 0
 

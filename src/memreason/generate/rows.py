@@ -19,10 +19,11 @@ Until = Callable[[Sequence[int]], bool]  # generated ids so far -> whether to st
 
 
 class Retrieved(NamedTuple):
-    """A line whose text was retrieved: the place of its first id, the passage's id, and the model's own line with its
-    mean log-probability."""
+    """A line whose text was retrieved: the place of its first id, where the model went on, the passage's id, and the
+    model's own line with its mean log-probability."""
 
     place: int
+    end: int
     source: str
     own: str
     sureness: float
@@ -75,8 +76,9 @@ class Row:
     def generation(self, opening: list[int]) -> Generation:
         figures = zip(*self.taken, strict=True) if self.taken else ((),) * 4
         _, logprobs, entropies, margins = map(list, figures)
-        ids, found = opening + self.ids, tuple(one._replace(place=len(opening) + one.place) for one in self.retrieved)
-        return Generation(self.question, self.sample, ids, logprobs, entropies, margins, found)
+        given = len(opening)
+        found = tuple(one._replace(place=given + one.place, end=given + one.end) for one in self.retrieved)
+        return Generation(self.question, self.sample, opening + self.ids, logprobs, entropies, margins, found)
 
     def draw(self, number: int) -> float:
         """The random number of generated token `number`: the same one whether it was drafted or not."""

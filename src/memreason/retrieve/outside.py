@@ -18,7 +18,7 @@ from memreason.retrieve.passage import Retriever, searching
 
 __all__ = ["CALIBRATION", "FIELDS", "Outside", "open_retriever", "outside"]
 
-FIELDS = {"memory", "corpus", "unsure_below"}  # of an EvalRecipe
+FIELDS = {"memory", "corpus", "retrieved", "unsure_below"}  # of an EvalRecipe
 CALIBRATION = "calibration.json"  # beside a checkpoint's weights
 
 
@@ -54,9 +54,11 @@ def outside(settings: EvalRecipe, checkpoint: Path) -> Outside:
     corpus = settings.corpus
     assert corpus is not None  # the recipe checks it
     threshold = None if settings.memory == "retrieve" else _threshold(settings, checkpoint)
-    passes = retrieving(searching(open_retriever(corpus)), math.inf if threshold is None else threshold)
+    below, precede = math.inf if threshold is None else threshold, settings.retrieved == "precedes"
+    passes = retrieving(searching(open_retriever(corpus)), below, precede=precede)
     known = corpus if _is_address(corpus) else corpus_hash(corpus)
-    return Outside(passes, {"memory": settings.memory, "corpus": known, "unsure_below": threshold})
+    spec = {"memory": settings.memory, "corpus": known, "unsure_below": threshold}
+    return Outside(passes, spec | ({"retrieved": settings.retrieved} if precede else {}))
 
 
 def _threshold(settings: EvalRecipe, checkpoint: Path) -> float:
