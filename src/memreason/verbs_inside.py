@@ -47,21 +47,15 @@ def _faults(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
 
 def _probe(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
     from memreason import inside
-    from memreason.finetune.checkpoint import load_checkpoint
-    from memreason.published import pairs
     from memreason.report.probe import print_probe
 
-    loaded = load_checkpoint(arguments.path, base=arguments.base)
-    settings = settings_of(loaded, dict(pairs(rest)))
-    print_probe(inside.probe(arguments.path, settings=settings, base=arguments.base, checkpoint=loaded))
+    print_probe(inside.probe(arguments.path, **_given(arguments, rest)))
 
 
 def _attention(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
     from pathlib import Path
 
     from memreason import inside
-    from memreason.finetune.checkpoint import load_checkpoint
-    from memreason.published import pairs
     from memreason.report.attention import show_closeup, show_overview
     from memreason.report.drawing import needs_matplotlib
 
@@ -73,10 +67,7 @@ def _attention(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
         raise RecipeError(f"--id {arguments.id} is a question already: leave out --question and --choice", "attention")
     if arguments.question or arguments.id:
         needs_matplotlib()  # before anything is computed
-    loaded = load_checkpoint(arguments.path, base=arguments.base)
-    settings = settings_of(loaded, dict(pairs(rest)))
-    given = {"settings": settings, "base": arguments.base, "checkpoint": loaded}
-    folder = Path(arguments.path) / "attention"
+    given, folder = _given(arguments, rest), Path(arguments.path) / "attention"
     if arguments.question or arguments.id:
         show_closeup(inside.closeup(arguments.path, **one, **maps, **given), folder)
     else:
