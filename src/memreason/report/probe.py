@@ -17,20 +17,21 @@ def print_probe(found: dict[str, Any]) -> None:
     """Each intervention's accuracy beside that with the own lines, and the two numbers that sum up."""
     console.print(Text(f"{found['task']} / {found['split']}: {found['n']} questions", style="bold"))
     table = Table(box=None, header_style="bold", pad_edge=False)
-    for title in ("intervention", "n", "accuracy", "own", "difference", "p", "changed"):
+    for title in ("intervention", "n", "own", "accuracy", "difference", "p", "changed"):
         table.add_column(title, justify="left" if title == "intervention" else "right", no_wrap=True)
     for one in found["interventions"]:
         low, high = one["interval"]
         table.add_row(
-            Text(f"{one['name']:<13}").append(one["meaning"], style="dim"),
+            Text(one["name"]),
             str(one["n"]),
-            f"{one['accuracy']['share']:.3f}",
             f"{one['before']['share']:.3f}",
+            f"{one['accuracy']['share']:.3f}",
             f"{one['difference']:+.3f} ({low:+.3f} to {high:+.3f})",
             f"{one['p']:.3f}" if one["p"] >= 0.001 else "<.001",
-            f"{one['changed']:.1%}",
+            f"{one['changed']:.0%}",
         )
     console.print(table)
+    figures("what was given", [(one["name"], one["meaning"]) for one in found["interventions"]])
     rows = [
         (f"{'against' if one['against'] else 'with'} its choice: {one['kind']}", _told(one)) for one in found["forced"]
     ]

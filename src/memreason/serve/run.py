@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import os
 import socket
 import time
 from types import FrameType
@@ -87,4 +88,6 @@ def run(server: uvicorn.Server, live: Live, listener: socket.socket) -> None:
         server.run(sockets=[listener])
     finally:
         live.drop()
-        live.thread.join(AFTER)
+        live.thread.join(AFTER if server.force_exit else GRACE)
+        if live.thread.is_alive():  # in the middle of a pass: an orderly exit would abort in torch's own threads
+            os._exit(1)
