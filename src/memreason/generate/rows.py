@@ -32,7 +32,7 @@ class Retrieved(NamedTuple):
 @dataclass(frozen=True)
 class Generation:
     """Ids of one generated trace (its opening block included), and of each generated one its log-probability, and
-    entropy (nats) and margin of the distribution that it was taken from: nan for ids that were given."""
+    entropy (nats) of the distribution that it was taken from, and its margin: nan for ids that were given."""
 
     question: Question
     sample: int
