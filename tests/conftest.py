@@ -16,7 +16,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
 from memreason.core.files import write_traces
 from memreason.core.recipe import Recipe, load_recipe
 from memreason.core.trace import Question, Step, Trace
-from memreason.encode.scheme import Codec, TokenScheme
+from memreason.encode.codec import Codec
+from memreason.encode.scheme import TokenScheme
 from memreason.encode.vocab import add_tokens
 
 torch.set_num_threads(1)  # tiny models on parallel workers: more threads only wait for one another
@@ -159,6 +160,15 @@ BASES: dict[str, Callable[[int], Any]] = {
     "untied": lambda rows: tiny_model(rows, tied=False),
     "padded": lambda rows: tiny_qwen(rows + 64),
 }
+
+
+def greedy(model: Any, ids: list[int], eos: int, count: int) -> list[int]:
+    """Plain decoding without a cache."""
+    made: list[int] = []
+    with torch.no_grad():
+        while len(made) < count and eos not in made:
+            made.append(int(model(input_ids=torch.tensor([ids + made]), use_cache=False).logits[0, -1].argmax()))
+    return made
 
 
 def save_base(folder: Path, make: Callable[[int], Any] = tiny_model) -> Path:

@@ -122,6 +122,20 @@ def save_findings(evaluation: Path) -> None:
             "n": {"all": 60, "correct": 60, "wrong": 0},
             "layers": 30,
             "heads": 9,
+            "pairs": [
+                {
+                    "from": "answer",
+                    "to": "memory",
+                    "headline": True,
+                    "mass": {
+                        "correct": [0.051, 0.048, 0.054],
+                        "wrong": None,
+                        "difference": None,
+                        "alike": [-0.0012, -0.01, 0.007],
+                    },
+                },
+                {"from": "reason", "to": "reason", "headline": False},
+            ],
         },
     )
     share = {"share": 0.82, "wilson": [0.77, 0.86], "n": 300}

@@ -29,7 +29,8 @@ from conftest import byte_level, save_base, tiny_model, tiny_recipe
 from memreason.core.errors import ModelError, RecipeError
 from memreason.core.recipe import MethodRecipe
 from memreason.core.trace import Question, Step, Trace
-from memreason.encode.scheme import Codec, TokenScheme
+from memreason.encode.codec import Codec
+from memreason.encode.scheme import TokenScheme
 from memreason.encode.vocab import add_rows, add_tokens
 from memreason.fast.attention import attending
 from memreason.finetune.methods import trainable

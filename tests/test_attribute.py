@@ -252,13 +252,14 @@ def test_going_on_from_own_lines_changes_nothing(byte_codec: Any) -> None:
     from conftest import byte_level, tiny_model
     from memreason.core.recipe import EvalRecipe
     from memreason.encode.vocab import add_rows
-    from memreason.generate.onward import continue_traces
+    from memreason.generate.onward import begun_ids, continue_traces
 
     model = tiny_model(len(byte_level()))
     add_rows(model, byte_codec)
     trace = capital((MEMORY, TRUE_LINE), (REASON, SAME), answer="True")
     settings = EvalRecipe(max_new_tokens=40)
-    (begun,) = continue_traces(model, byte_codec, [replace(trace, steps=trace.steps[:1])], settings)
+    given = {trace.question.id: begun_ids(byte_codec, replace(trace, steps=trace.steps[:1]))}
+    (begun,) = continue_traces(model, byte_codec, [trace.question], given, settings)
     assert begun.steps[0] == trace.steps[0]
     prompt = byte_codec.question_ids(trace.question) + byte_codec.step_ids(trace.steps[:1]) + byte_codec.opening()
     assert byte_codec.render(trace)[: len(byte_codec.step_ids(trace.steps))] == byte_codec.step_ids(trace.steps)

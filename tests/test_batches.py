@@ -8,8 +8,9 @@ import pytest
 
 from conftest import FAMILIES, TEXTS, own_traces
 from memreason.core.trace import Question, Step, Trace
+from memreason.encode.codec import Codec
 from memreason.encode.examples import AHEAD, encode_trace, encode_traces, stream_examples
-from memreason.encode.scheme import Codec, TokenScheme
+from memreason.encode.scheme import TokenScheme
 from memreason.encode.vocab import add_tokens
 
 

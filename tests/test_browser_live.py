@@ -16,7 +16,7 @@ from memreason.core.recipe import EvalRecipe
 from memreason.core.trace import Question, Step, Trace
 from memreason.finetune.checkpoint import load_checkpoint
 from memreason.generate.answer import answer_questions
-from memreason.generate.onward import continue_traces
+from memreason.generate.onward import begun_ids, continue_traces
 from memreason.report.gather import gather
 from memreason.report.page import page
 from served import KNOWN, SETTINGS, Served, fluent_run, serving
@@ -42,7 +42,8 @@ def expected(run: Path) -> dict[str, Trace]:
     loaded = load_checkpoint(run)
     (evil,) = answer_questions(loaded.model, loaded.codec, [Question(EVIL, "?")], SETTINGS)
     begun = replace(KNOWN[1], steps=(Step(("memory",), CHANGED),))
-    (changed,) = continue_traces(loaded.model, loaded.codec, [begun], SETTINGS)
+    ids = {begun.question.id: begun_ids(loaded.codec, begun)}
+    (changed,) = continue_traces(loaded.model, loaded.codec, [begun.question], ids, SETTINGS)
     return {"evil": evil, "changed": changed, "checkpoint": loaded}  # type: ignore[dict-item]
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from memreason.core.trace import Question, Step, Trace
-from memreason.encode.scheme import Codec
+from memreason.encode.codec import Codec
 from memreason.generate.choose import take
 from memreason.measure.confidence import auroc, checked_lines, confidence_table, line_figures
 

@@ -6,8 +6,9 @@ import torch
 from conftest import FAMILIES, byte_level, tiny_model
 from memreason.core.errors import CheckpointError, DataError, ModelError
 from memreason.core.trace import Question, Step, Trace
+from memreason.encode.codec import Codec
 from memreason.encode.examples import collate, encode_trace, encode_traces, pack_stream
-from memreason.encode.scheme import Codec, TokenScheme
+from memreason.encode.scheme import TokenScheme
 from memreason.encode.vocab import add_rows, add_tokens
 
 

@@ -25,13 +25,13 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from conftest import BASES, own_traces, save_base, tiny_model, tiny_recipe
+from conftest import BASES, greedy, own_traces, save_base, tiny_model, tiny_recipe
 from memreason import pipeline
 from memreason.core.files import read_json
 from memreason.core.recipe import EvalRecipe
 from memreason.core.trace import Question
+from memreason.encode.codec import Codec
 from memreason.encode.examples import encode_trace, pack, split_packed
-from memreason.encode.scheme import Codec
 from memreason.fast import attention, loss
 from memreason.fast.attention import PACKED, attending, packed_attention, packs
 from memreason.fast.loss import Head, chunked_loss, head_of, headless, takes_hidden_states
@@ -231,15 +231,6 @@ def test_headless_ends_with_its_block() -> None:
             assert model(ids).logits.shape == (1, 4, 32)
         assert torch.equal(model(ids).logits, logits)
         assert torch.equal(F.linear(model.model(ids).last_hidden_state, head_of(model.lm_head).weight), logits)
-
-
-def greedy(model: Any, ids: list[int], eos: int, count: int) -> list[int]:
-    """Plain decoding without a cache."""
-    made: list[int] = []
-    with torch.no_grad():
-        while len(made) < count and eos not in made:
-            made.append(int(model(input_ids=torch.tensor([ids + made]), use_cache=False).logits[0, -1].argmax()))
-    return made
 
 
 @pytest.mark.parametrize("name", FAMILIES)

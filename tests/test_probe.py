@@ -19,7 +19,8 @@ from memreason.data.atlas import make_atlas
 from memreason.data.atlas_changes import LESIONS, false_line, lesioned, other_country
 from memreason.data.atlas_facts import memory_line_true, read_statement, restated
 from memreason.data.atlas_rules import answer_from, line_kind, reason_from
-from memreason.encode.scheme import Codec, TokenScheme
+from memreason.encode.codec import Codec
+from memreason.encode.scheme import TokenScheme
 from memreason.encode.vocab import add_tokens
 from memreason.measure.attribute import attribute
 from memreason.measure.kinds import kind_reader, learnt_reader, reader_accuracy
@@ -249,10 +250,10 @@ def test_probe_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
     assert "tag control" in told and "memory reliance" in told and "blocks of reason before them" in told
     (path,) = run.glob("checkpoint-*/eval/*/probe.json")
     found = read_json(path)
-    own = {trace.question.id: trace for trace in read_traces(path.with_name("given-own.jsonl"))}
+    own = {trace.question.id: trace for trace in read_traces(next(path.parent.glob("given-own-*.jsonl")))}
     assert len(own) == 5
     calls = []
-    monkeypatch.setattr(inside, "continue_ids", lambda *given, **more: calls.append(given) or [])
+    monkeypatch.setattr(inside, "continue_traces", lambda *given, **more: calls.append(given) or [])
     assert {**inside.probe(run, settings=None), "folder": ""} == {**found, "folder": ""} and not calls
 
 

@@ -12,16 +12,17 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import byte_level, save_base, tiny_model, tiny_recipe
+from conftest import byte_level, greedy, save_base, tiny_model, tiny_recipe
 from memreason import pipeline
 from memreason.cli import main
 from memreason.core.errors import ModelError, TaskError
 from memreason.core.files import read_json, read_jsonl, read_traces, write_json
 from memreason.core.recipe import EvalRecipe
 from memreason.core.trace import MEMORY, REASON, Question, Step, Trace
+from memreason.encode.codec import Codec
 from memreason.encode.examples import collate, encode_trace
 from memreason.encode.pieces import IGNORED
-from memreason.encode.scheme import Codec, TokenScheme
+from memreason.encode.scheme import TokenScheme
 from memreason.encode.vocab import add_rows, add_tokens
 from memreason.generate import engine
 from memreason.generate.answer import answer_questions, read_samples
@@ -32,7 +33,6 @@ from memreason.generate.rows import start
 from memreason.measure.confidence import line_figures
 from memreason.measure.unsure import calibrated, retrieved_share, youden
 from memreason.retrieve.corpus import corpus_hash
-from test_fast import greedy
 
 
 @pytest.fixture(autouse=True)

@@ -200,6 +200,11 @@ def test_only_sections_of_what_is_there(tmp_path: Path) -> None:
     assert {"between", "faults", "confidence", "attention", "probe", "learning"}.isdisjoint(ids)
 
 
+def test_attention_stands_with_the_comparison_among_alike_questions(run: Path) -> None:
+    text = " ".join(Page(page(gather([run]))).text.split())
+    assert "answer → memory5.1––-0.1 (-1.0 to +0.7)" in text and "reason → reason" not in text
+
+
 def test_faults_found_by_other_ways_alone_are_shown(run: Path) -> None:
     """Away from atlas there is no exact way: nothing is lucky or both, nothing has a level, some are unjudged."""
     data = gather([run])

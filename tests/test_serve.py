@@ -28,7 +28,7 @@ from memreason.core.trace import Question, Step, Trace
 from memreason.finetune.checkpoint import Checkpoint, load_checkpoint
 from memreason.generate import engine
 from memreason.generate.answer import answer_questions
-from memreason.generate.onward import continue_traces
+from memreason.generate.onward import begun_ids, continue_traces
 from memreason.serve import run as serve_run
 from memreason.serve.guard import own_host
 from memreason.serve.run import address, is_loopback
@@ -69,7 +69,8 @@ GIVEN = (Step(("memory",), "Quito lies in <reason_0> Asia."),)
 
 @pytest.fixture(scope="module")
 def continued(checkpoint: Checkpoint) -> Trace:
-    (found,) = continue_traces(checkpoint.model, checkpoint.codec, [replace(KNOWN[1], steps=GIVEN)], SETTINGS)
+    ids = {KNOWN[1].question.id: begun_ids(checkpoint.codec, replace(KNOWN[1], steps=GIVEN))}
+    (found,) = continue_traces(checkpoint.model, checkpoint.codec, [KNOWN[1].question], ids, SETTINGS)
     return found
 
 

@@ -10,8 +10,9 @@ from conftest import BASES, byte_level, save_base, tiny_model, tiny_recipe
 from memreason.core.errors import CheckpointError
 from memreason.core.recipe import EvalRecipe, Recipe
 from memreason.core.trace import Question, Trace
+from memreason.encode.codec import Codec
 from memreason.encode.examples import encode_trace
-from memreason.encode.scheme import Codec, TokenScheme
+from memreason.encode.scheme import TokenScheme
 from memreason.encode.vocab import add_rows, add_tokens
 from memreason.finetune.checkpoint import load_checkpoint, save_checkpoint
 from memreason.finetune.methods import trainable

@@ -10,7 +10,7 @@ __version__ = "0.1.0"
 # name -> where it lives; imported when first used, so that `import memreason` stays light.
 _PUBLIC = {
     "Checkpoint": "memreason.finetune.checkpoint",
-    "Codec": "memreason.encode.scheme",
+    "Codec": "memreason.encode.codec",
     "DataError": "memreason.core.errors",
     "LabelRecipe": "memreason.core.labelling",
     "MemreasonError": "memreason.core.errors",

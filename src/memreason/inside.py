@@ -19,7 +19,7 @@ from memreason.data.tasks import load_eval, load_splits
 from memreason.finetune.checkpoint import Checkpoint, load_checkpoint
 from memreason.generate.answer import read_samples
 from memreason.generate.engine import generate
-from memreason.generate.onward import continue_ids, continue_traces
+from memreason.generate.onward import begun_ids, continue_traces
 from memreason.label.teacher import Teacher
 from memreason.measure.attribute import Attribution, attribute, can_check
 from memreason.measure.counterfactual import (
@@ -117,16 +117,30 @@ def _write_faults(folder: Path, ways: Mapping[str, Sequence[Attribution]], about
 def _interventions(
     loaded: Checkpoint, made: Sequence[Trace], gold: Lines, settings: EvalRecipe, folder: Path
 ) -> dict[str, list[Trace]]:
-    """What the traces become with other memory lines; each intervention is kept, by its lines, once it is whole."""
+    """What the traces become with other memory lines."""
     tried = {}
     for name in INTERVENTIONS:
         begun = begin(name, made, gold)
-        given = settings_hash({trace.question.id: [step.text for step in trace.steps] for trace in begun})
-        path = folder / f"given-{name}-{given}.jsonl"
-        if not path.is_file():
-            write_traces(path, tqdm(continue_traces(loaded.model, loaded.codec, begun, settings), name, len(begun)))
-        tried[name] = read_traces(path)
+        ids = {trace.question.id: begun_ids(loaded.codec, trace) for trace in begun}
+        tried[name] = _continued(name, loaded, [trace.question for trace in begun], ids, settings, folder)
     return tried
+
+
+def _continued(
+    name: str,
+    loaded: Checkpoint,
+    questions: Sequence[Question],
+    ids: Mapping[str, list[int]],
+    settings: EvalRecipe,
+    folder: Path,
+) -> list[Trace]:
+    """What the questions' traces become behind these ids (by question id). Kept, by what was given, once it is whole:
+    two verbs that give the same generate it once."""
+    path = folder / f"given-{name}-{settings_hash(ids)}.jsonl"
+    if questions and not path.is_file():
+        made = continue_traces(loaded.model, loaded.codec, questions, ids, settings)
+        write_traces(path, tqdm(made, name, len(questions)))
+    return read_traces(path) if questions else []
 
 
 def probe(
@@ -149,7 +163,7 @@ def probe(
     folder, data = Path(results["folder"]), loaded.recipe.data
     used = EvalRecipe(**results["settings"])
     gold = load_eval(results["task"], used.split, data, used.n, seed=used.seed)
-    cases = cases_of(read_traces(folder / "samples.jsonl"), {trace.question.id: trace for trace in gold})
+    cases = cases_of(_first(read_traces(folder / "samples.jsonl")), {trace.question.id: trace for trace in gold})
     tried = {name: _probed(name, loaded, cases, used, folder) for name in PROBES}
     labelled = load_splits(data) if results["task"] != "atlas" else None
     kind_of = kind_reader(labelled.train if labelled else ())
@@ -165,15 +179,10 @@ def _probed(
     name: str, loaded: Checkpoint, cases: Sequence[Case], settings: EvalRecipe, folder: Path
 ) -> dict[str, tuple[Begun, Trace]]:
     """What was given to each question, and the trace that came of it."""
-    given, path = begun(name, loaded.codec, cases), folder / f"given-{name}.jsonl"
-    if not given:
-        return {}
-    if not path.is_file():
-        asked = [case.made.question for case in cases if case.made.question.id in given]
-        ids = {question: one.ids for question, one in given.items()}
-        made = continue_ids(loaded.model, loaded.codec, asked, ids, settings)
-        write_traces(path, (loaded.codec.parse(one.question, one.ids) for one in tqdm(made, name, len(asked))))
-    return {trace.question.id: (given[trace.question.id], trace) for trace in read_traces(path)}
+    given = begun(name, loaded.codec, cases)
+    asked = [case.made.question for case in cases if case.made.question.id in given]
+    made = _continued(name, loaded, asked, {key: one.ids for key, one in given.items()}, settings, folder)
+    return {trace.question.id: (given[trace.question.id], trace) for trace in made}
 
 
 def attention(

@@ -25,8 +25,8 @@ from memreason.core.recipe import EvalRecipe, Recipe, load_recipe
 from memreason.core.trace import Question, Trace
 from memreason.data.tasks import Splits, load_eval
 from memreason.encode.base import pick_dtype
+from memreason.encode.codec import Codec
 from memreason.encode.examples import Example, coloured_mask, encode_trace, pack_stream
-from memreason.encode.scheme import Codec
 from memreason.fast.memory import peak_memory
 from memreason.finetune.checkpoint import Checkpoint, load_checkpoint
 from memreason.finetune.prepare import Prepared, prepare, trainable_model

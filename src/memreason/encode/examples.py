@@ -15,8 +15,8 @@ from tokenizers import Encoding
 
 from memreason.core.errors import DataError
 from memreason.core.trace import Trace
+from memreason.encode.codec import Codec
 from memreason.encode.pieces import IGNORED, Apart, Example, Rows, put_together, take_apart
-from memreason.encode.scheme import Codec
 
 __all__ = [
     "Example",

@@ -1,4 +1,4 @@
-"""TokenScheme: which blocks exist and where they stand; Codec: a trace to ids and back.
+"""TokenScheme: which blocks exist, where they stand, and the texts around them.
 
 Planning tokens: arXiv 2310.05707, section 3. Memory and reason tokens: arXiv 2411.13504, section 3.
 """
@@ -6,24 +6,16 @@ Planning tokens: arXiv 2310.05707, section 3. Memory and reason tokens: arXiv 24
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
 
-from tokenizers import Encoding
-from transformers import PreTrainedTokenizerBase
-
-from memreason.core.errors import CheckpointError, ModelError
+from memreason.core.errors import CheckpointError
 from memreason.core.files import read_json, write_json
-from memreason.core.trace import ASSIGNMENT, LETTERS, MEMORY, REASON, Question, Step, Trace
-from memreason.encode.base import bare_tokenizer, text_fingerprint
-from memreason.encode.pieces import Piece, Rows, put_together, take_apart
+from memreason.core.trace import ASSIGNMENT, LETTERS, MEMORY, REASON, Question
 
-__all__ = ["PLACEMENTS", "Codec", "TokenScheme"]
+__all__ = ["ANSWER", "PREFIX", "SCHEME_FILE", "TokenScheme"]
 
-PLACEMENTS = ("each_step", "only_at_front")
 SCHEME_FILE = "token_scheme.json"
 PREFIX = "prefix"
 ANSWER = "answer"
@@ -91,211 +83,3 @@ class TokenScheme:
             return cls(**{**values, "kinds": tuple(values["kinds"])})
         except (TypeError, KeyError) as error:
             raise CheckpointError(f"{path}: not a token scheme of this version ({error})") from error
-
-
-class Line(NamedTuple):
-    """One parsed line: its kinds, its text, [first, last + 1] of its ids, and where those of the text begin."""
-
-    kinds: tuple[str, ...]
-    text: str
-    span: list[int]
-    body: int
-
-    def step(self) -> Step:
-        return Step(tuple(kind for kind in self.kinds if kind != ASSIGNMENT), self.text)
-
-
-class Codec:
-    """A scheme bound to a tokenizer that holds its tokens: renders traces to ids, parses ids to traces."""
-
-    def __init__(self, scheme: TokenScheme, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Raises CheckpointError if the tokenizer lacks a token of the scheme or is another one."""
-        vocabulary = tokenizer.get_vocab()
-        missing = [token for token in scheme.tokens if token not in vocabulary]
-        if missing:
-            raise CheckpointError(f"the tokenizer lacks {missing} of the token scheme: they do not belong together")
-        self.scheme = scheme
-        self.tokenizer = tokenizer
-        self.text_tokenizer = bare_tokenizer(tokenizer, scheme.tokens)
-        fingerprint = text_fingerprint(self.text_tokenizer)
-        if scheme.tokenizer and scheme.tokenizer != fingerprint:
-            raise CheckpointError(
-                f"the token scheme was made for another tokenizer ({scheme.tokenizer}, this one is {fingerprint})"
-            )
-        if tokenizer.eos_token_id is None:
-            raise ModelError("the tokenizer has no end-of-sequence token")
-        self.eos_id = int(tokenizer.eos_token_id)
-        self.blocks = {name: [vocabulary[token] for token in block] for name, block in scheme.blocks.items()}
-        self.separator = self.encode(scheme.block_separator) if scheme.block_separator else []
-        self._line_blocks: dict[tuple[str, ...], tuple[int, ...]] = {}
-        self._answer_block = self.block(PREFIX, ANSWER)
-        self._place = {i: (name, k) for name, block in self.blocks.items() for k, i in enumerate(block)}
-
-    @cached_property
-    def opening_special_ids(self) -> list[int]:
-        """What the tokenizer puts before a text: a BOS, or nothing."""
-        ids = list(self.tokenizer("")["input_ids"])
-        return [int(i) for i in ids if i != self.eos_id or i == self.tokenizer.bos_token_id]
-
-    def encode(self, text: str) -> list[int]:
-        """Ids of a text that a user wrote: never a control token (law 1)."""
-        return list(self.encode_batch([text])[0].ids)
-
-    def encode_batch(self, texts: Sequence[str]) -> list[Encoding]:
-        """The same for many texts, on all cores and without the interpreter lock. Ids are made when asked for."""
-        return self.text_tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-
-    def encode_pieces(self, rows: Iterable[Iterable[Piece]]) -> Rows:
-        """Rows of ids, their texts encoded in one call."""
-        apart = take_apart(rows)
-        return put_together(apart, self.encode_batch(apart.texts))
-
-    def decode(self, ids: Sequence[int]) -> str:
-        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
-
-    def block(self, *names: str) -> tuple[int, ...]:
-        """Ids of these blocks in a row, each token followed by the separator (empty unless imported)."""
-        return tuple(i for name in names for token in self.blocks.get(name, ()) for i in (token, *self.separator))
-
-    def question_ids(self, question: Question) -> list[int]:
-        return self._ids(self.question_pieces(question))
-
-    def opening(self) -> list[int]:
-        """The block that every trace begins with: given to the model when it generates."""
-        return list(self.block(PREFIX))
-
-    def render(self, trace: Trace) -> list[int]:
-        """Ids of the trace alone, from the first block to EOS."""
-        return self._ids(self.trace_pieces(trace))
-
-    def _ids(self, pieces: Iterable[Piece]) -> list[int]:
-        ids: list[int] = self.encode_pieces([pieces]).ids.tolist()
-        return ids
-
-    def pieces(self, trace: Trace) -> Iterator[Piece]:
-        """What an example is made of: the question, which is masked, and the trace."""
-        yield from self.question_pieces(trace.question)
-        yield from self.trace_pieces(trace)
-
-    def question_pieces(self, question: Question) -> Iterator[Piece]:
-        yield tuple(self.opening_special_ids), False
-        yield self.scheme.question_text(question), False
-
-    def trace_pieces(self, trace: Trace) -> Iterator[Piece]:
-        """What a trace is made of, from the first block to EOS: its texts between the ids of blocks (laws 1, 2, 4)."""
-        each = self.scheme.placement == "each_step"
-        if not each:
-            yield self.block(PREFIX), True
-        yield from self._step_pieces(trace.steps)
-        if each:
-            yield self._answer_block, True
-        yield self.scheme.answer_template.replace("{answer}", trace.answer), True
-        yield (self.eos_id,), True
-
-    def _step_pieces(self, steps: Iterable[Step]) -> Iterator[Piece]:
-        for step in steps:
-            if self.scheme.placement == "each_step":
-                yield self._line_block(step.kinds), True
-            yield " " + step.text + self.scheme.line_ending, not step.source  # what was retrieved teaches nothing
-
-    def step_ids(self, steps: Sequence[Step]) -> list[int]:
-        """Ids of lines alone, as they stand in a trace."""
-        return self._ids(self._step_pieces(steps)) if steps else []
-
-    def _line_block(self, kinds: tuple[str, ...]) -> tuple[int, ...]:
-        """The block of a line, made once for all lines of these kinds. Raises ModelError for unknown kinds."""
-        if kinds not in self._line_blocks:
-            unknown = [kind for kind in kinds if kind not in (*self.scheme.kinds, ASSIGNMENT)]
-            if unknown and self.scheme.n_special:
-                raise ModelError(f"kinds {unknown} are not in the token scheme, which has {list(self.scheme.kinds)}")
-            self._line_blocks[kinds] = self.block(PREFIX, *(kinds or (ASSIGNMENT,)))
-        return self._line_blocks[kinds]
-
-    def parse(self, question: Question, ids: Sequence[int]) -> Trace:
-        """Read generated ids. Never raises: what fits no trace is named in `faults` (law 3).
-
-        `meta["spans"]` of the trace holds, for each step, [first, last + 1] of its ids, blocks included, and
-        `meta["bodies"]` where its text begins behind them.
-        """
-        faults: list[str] = []
-        ids = list(ids)
-        if self.eos_id in ids:
-            ids = ids[: ids.index(self.eos_id)]
-        else:
-            faults.append("no end of sequence")
-        if self.blocks and self.scheme.placement == "each_step":
-            lines = self._tagged_lines(ids, faults)
-        else:
-            lines = self._plain_lines(ids)
-        steps, prediction = self._split_answer(lines, faults)
-        meta = {"spans": [line.span for line in steps], "bodies": [line.body for line in steps]}
-        return Trace(question, tuple(line.step() for line in steps), prediction, tuple(dict.fromkeys(faults)), meta)
-
-    def _tagged_lines(self, ids: list[int], faults: list[str]) -> list[Line]:
-        """Cut at each run of planning tokens; every run must be a whole prefix and whole kind blocks."""
-        lines: list[Line] = []
-        position = 0
-        while position < len(ids):
-            start = position
-            run: list[tuple[str, int]] = []
-            while position < len(ids) and (ids[position] in self._place or (run and ids[position] in self.separator)):
-                if ids[position] in self._place:
-                    run.append(self._place[ids[position]])
-                position += 1
-            body = position
-            while position < len(ids) and ids[position] not in self._place:
-                position += 1
-            kinds, whole = self._read_run(run)
-            if not whole:
-                faults.append("text outside a block" if not run else "broken block")
-            text = self.decode(ids[body:position]).strip()
-            if "\n" in text:
-                faults.append("several lines in one block")
-            if text or start != body:
-                lines.append(Line(kinds, text, [start, position], body))
-        return lines
-
-    def _read_run(self, run: list[tuple[str, int]]) -> tuple[tuple[str, ...], bool]:
-        """Kinds of a run of planning tokens, and whether each of its blocks is whole and in order."""
-        kinds = tuple(dict.fromkeys(name for name, _ in run if name != PREFIX))
-        prefix = [(PREFIX, i) for i in range(self.scheme.n_prefix)]
-        expected = prefix + [(kind, i) for kind in kinds for i in range(self.scheme.n_special)]
-        return kinds, bool(run) and run == expected and bool(kinds or not self.scheme.n_special)
-
-    def _plain_lines(self, ids: list[int]) -> list[Line]:
-        """Without blocks to cut at, a line ends with the token that holds its line break."""
-        lines: list[Line] = []
-        start = 0
-        for end, token in enumerate(ids, 1):
-            if "\n" in self.decode([token]) or end == len(ids):
-                text = self.decode([i for i in ids[start:end] if i not in self._place])
-                lines += [Line((), part.strip(), [start, end], start) for part in text.split("\n") if part.strip()]
-                start = end
-        return lines
-
-    def _split_answer(self, lines: list[Line], faults: list[str]) -> tuple[list[Line], str]:
-        """The lines of steps, and the prediction. The first answer line ends the trace; what follows it is a fault."""
-        lead = self.scheme.answer_template.split("{answer}")[0].strip()
-        steps: list[Line] = []
-        for number, line in enumerate(lines):
-            text, tagged = line.text, ANSWER in line.kinds
-            if tagged or (not self.blocks.get(ANSWER) and text.startswith(lead)):
-                if not text.startswith(lead):
-                    faults.append("answer line without its phrase")
-                if number != len(lines) - 1:
-                    faults.append("text after the answer")
-                return steps, text.removeprefix(lead).strip()
-            if not text:
-                faults.append("empty line")
-                continue
-            steps.append(line)
-        faults.append("no answer line")
-        return steps, ""
-
-    def describe(self) -> dict[str, Any]:
-        """For manifests: token -> id."""
-        return {
-            token: i
-            for name, block in self.scheme.blocks.items()
-            for token, i in zip(block, self.blocks[name], strict=True)
-        }

@@ -11,7 +11,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from memreason.core.errors import ModelError
 from memreason.encode.base import bare_tokenizer, text_fingerprint
-from memreason.encode.scheme import Codec, TokenScheme
+from memreason.encode.codec import Codec
+from memreason.encode.scheme import TokenScheme
 
 __all__ = ["add_rows", "add_tokens"]
 

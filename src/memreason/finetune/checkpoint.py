@@ -19,7 +19,8 @@ from memreason.core.errors import CheckpointError
 from memreason.core.files import write_text
 from memreason.core.recipe import Recipe, load_recipe
 from memreason.encode.base import bare_tokenizer, load_model, load_tokenizer, pick_dtype, text_fingerprint
-from memreason.encode.scheme import SCHEME_FILE, Codec, TokenScheme
+from memreason.encode.codec import Codec
+from memreason.encode.scheme import SCHEME_FILE, TokenScheme
 from memreason.encode.vocab import add_rows
 from memreason.fast.rows import rows_beside
 

@@ -23,7 +23,8 @@ from transformers import PreTrainedModel
 
 from memreason.core.errors import ModelError
 from memreason.core.recipe import MethodRecipe
-from memreason.encode.scheme import PREFIX, Codec
+from memreason.encode.codec import Codec
+from memreason.encode.scheme import PREFIX
 from memreason.fast.rows import row_layers, rows_beside
 
 __all__ = ["is_adapted", "lora_modules", "merged", "network_of", "trainable"]

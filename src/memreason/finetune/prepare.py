@@ -10,8 +10,9 @@ from typing import Any
 from memreason.core.recipe import Recipe
 from memreason.data.tasks import TASKS, Splits, load_splits
 from memreason.encode.base import load_model, load_tokenizer
+from memreason.encode.codec import Codec
 from memreason.encode.examples import Examples, encode_traces
-from memreason.encode.scheme import Codec, TokenScheme
+from memreason.encode.scheme import TokenScheme
 from memreason.encode.vocab import add_rows, add_tokens
 from memreason.finetune.methods import trainable
 

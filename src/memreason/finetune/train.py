@@ -17,8 +17,8 @@ from memreason.core.errors import RecipeError
 from memreason.core.files import writing
 from memreason.core.recipe import Recipe
 from memreason.encode.base import pick_dtype
+from memreason.encode.codec import Codec
 from memreason.encode.examples import Example, collate
-from memreason.encode.scheme import Codec
 from memreason.fast.memory import keep_freed_memory
 from memreason.finetune.callbacks import Bar, StopCleanly
 from memreason.finetune.checkpoint import checkpoints_in

@@ -17,9 +17,9 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from memreason.core.files import read_json, writing
 from memreason.core.recipe import Recipe
+from memreason.encode.codec import Codec
 from memreason.encode.examples import pack, split_packed
 from memreason.encode.pieces import IGNORED
-from memreason.encode.scheme import Codec
 from memreason.fast.attention import PACKED, attending, packs
 from memreason.fast.compiling import compile_layers, compiling, pays
 from memreason.fast.loss import chunked_loss, head_of, headless, takes_hidden_states

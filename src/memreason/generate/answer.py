@@ -16,7 +16,7 @@ from tqdm import tqdm
 from memreason.core.files import append_jsonl, read_jsonl, write_jsonl
 from memreason.core.recipe import EvalRecipe
 from memreason.core.trace import Question, Trace
-from memreason.encode.scheme import Codec
+from memreason.encode.codec import Codec
 from memreason.generate.engine import Generation, Passes, generate
 from memreason.generate.rows import Retrieved
 

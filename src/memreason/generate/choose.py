@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from memreason.core.recipe import EvalRecipe
-from memreason.encode.scheme import ANSWER, PREFIX, Codec
+from memreason.encode.codec import Codec
+from memreason.encode.scheme import ANSWER, PREFIX
 
 __all__ = ["Choose", "Taken", "chooser", "drafts_of", "take"]
 

@@ -25,14 +25,14 @@ from torch import Tensor
 
 from memreason.core.recipe import EvalRecipe
 from memreason.core.trace import Question
-from memreason.encode.scheme import Codec
+from memreason.encode.codec import Codec
 from memreason.fast.attention import attending
 from memreason.fast.memory import keep_freed_memory
 from memreason.finetune.methods import is_adapted, merged, network_of
 from memreason.generate.choose import Choose, chooser, drafts_of, take
 from memreason.generate.cohort import COHORTS, Cohort
 from memreason.generate.plain import generate_plainly
-from memreason.generate.rows import Generation, Row, Until, start
+from memreason.generate.rows import Generation, Row, start
 
 __all__ = ["Generation", "Passes", "decode", "generate"]
 
@@ -48,19 +48,18 @@ def generate(
     settings: EvalRecipe,
     *,
     skip: frozenset[tuple[str, int]] = frozenset(),
-    until: Until | None = None,
     passes: Passes | None = None,
 ) -> Iterator[list[Generation]]:
     """Answer each question `n_samples` times; yield what is finished, a few at a time, longest prompts first.
 
     A question that leaves no room for an answer (settings.max_length, or the model's positions) gets no tokens.
     Greedy answers do not depend on the number in flight in fp32; sampled ones draw from a generator of
-    their own, seeded by question, sample and seed. `skip` holds (question id, sample) already done. `until` is asked
-    after each token whether the answer shall stop there. `passes` takes the place of `decode`.
+    their own, seeded by question, sample and seed. `skip` holds (question id, sample) already done. `passes`
+    takes the place of `decode`.
     """
     room = getattr(model.config, "max_position_embeddings", None)
     rows = [
-        start(codec, question, sample, settings, room, until)
+        start(codec, question, sample, settings, room)
         for question in questions
         for sample in range(settings.n_samples)
         if (question.id, sample) not in skip

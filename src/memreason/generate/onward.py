@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from itertools import chain
 
 from torch import nn
@@ -11,11 +10,10 @@ from torch import nn
 from memreason.core.errors import ModelError
 from memreason.core.recipe import EvalRecipe
 from memreason.core.trace import Question, Trace
-from memreason.encode.scheme import Codec
-from memreason.generate.engine import Generation, generate
-from memreason.generate.rows import Until
+from memreason.encode.codec import Codec
+from memreason.generate.engine import generate
 
-__all__ = ["PromptCodec", "begun_ids", "continue_ids", "continue_traces"]
+__all__ = ["PromptCodec", "begun_ids", "continue_traces"]
 
 
 class PromptCodec(Codec):
@@ -42,31 +40,15 @@ def begun_ids(codec: Codec, trace: Trace) -> list[int]:
     return codec.step_ids(trace.steps) + codec.opening()
 
 
-def continue_ids(
+def continue_traces(
     model: nn.Module,
     codec: Codec,
     questions: Sequence[Question],
     given: Mapping[str, Sequence[int]],
     settings: EvalRecipe,
-    *,
-    until: Until | None = None,
-) -> Iterator[Generation]:
-    """Each question once, in no particular order: the ids given for it (by its id), and what is generated behind them.
-
-    The generations' ids are those of the whole trace, their log-probabilities those of the generated part. `until`
-    gets the generated ids alone.
-    """
+) -> Iterator[Trace]:
+    """Each question once, in no particular order: the ids given for it (by its id) and what is generated behind."""
     prompts = {question.id: codec.question_ids(question) + list(given[question.id]) for question in questions}
     once = settings.model_copy(update={"n_samples": 1})
-    for one in chain.from_iterable(generate(model, PromptCodec(codec, prompts), questions, once, until=until)):
-        yield replace(one, ids=[*given[one.question.id], *one.ids])
-
-
-def continue_traces(model: nn.Module, codec: Codec, begun: Sequence[Trace], settings: EvalRecipe) -> Iterator[Trace]:
-    """Each question once, its given steps kept and everything behind them generated. In no particular order.
-
-    Raises ModelError for a scheme whose lines carry no blocks.
-    """
-    given = {trace.question.id: begun_ids(codec, trace) for trace in begun}
-    for one in continue_ids(model, codec, [trace.question for trace in begun], given, settings):
-        yield codec.parse(one.question, one.ids)
+    for one in chain.from_iterable(generate(model, PromptCodec(codec, prompts), questions, once)):
+        yield codec.parse(one.question, [*given[one.question.id], *one.ids])

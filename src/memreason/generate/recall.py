@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 from memreason.core.errors import ModelError
 from memreason.core.recipe import EvalRecipe
 from memreason.core.trace import MEMORY, Question
-from memreason.encode.scheme import PREFIX, Codec
+from memreason.encode.codec import Codec
+from memreason.encode.scheme import PREFIX
 from memreason.generate.choose import Taken
 from memreason.generate.engine import Passes, decode
 from memreason.generate.rows import Retrieved, Row

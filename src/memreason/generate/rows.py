@@ -10,7 +10,7 @@ import torch
 
 from memreason.core.recipe import EvalRecipe
 from memreason.core.trace import Question
-from memreason.encode.scheme import Codec
+from memreason.encode.codec import Codec
 from memreason.generate.choose import Taken
 
 __all__ = ["Generation", "Retrieved", "Row", "Until", "start"]

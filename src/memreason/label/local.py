@@ -14,7 +14,8 @@ from memreason.core.labelling import TeacherRecipe
 from memreason.core.recipe import EvalRecipe
 from memreason.core.trace import Question, Trace
 from memreason.encode.base import load_model, load_tokenizer
-from memreason.encode.scheme import Codec, TokenScheme
+from memreason.encode.codec import Codec
+from memreason.encode.scheme import TokenScheme
 from memreason.finetune.checkpoint import load_checkpoint
 from memreason.generate.engine import Generation, generate
 from memreason.generate.onward import PromptCodec

@@ -11,7 +11,8 @@ from tqdm import tqdm
 
 from memreason.core.errors import RecipeError, TaskError
 from memreason.core.trace import MEMORY, Question, Trace
-from memreason.encode.scheme import ANSWER, Codec
+from memreason.encode.codec import Codec
+from memreason.encode.scheme import ANSWER
 from memreason.measure.attention import collecting, flow, learnt_tokens
 from memreason.measure.flows import Array, Asked, flow_table
 from memreason.measure.score import score_trace

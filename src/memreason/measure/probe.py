@@ -13,7 +13,8 @@ from typing import Any
 
 from memreason.core.trace import MEMORY, REASON, Question, Step, Trace
 from memreason.data.atlas_changes import false_line, other_country
-from memreason.encode.scheme import ANSWER, PREFIX, Codec
+from memreason.encode.codec import Codec
+from memreason.encode.scheme import ANSWER, PREFIX
 from memreason.measure.score import score_trace
 from memreason.measure.stats import mcnemar_exact, paired_bootstrap, wilson
 

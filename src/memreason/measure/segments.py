@@ -7,7 +7,8 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from memreason.core.trace import MEMORY, REASON, Question, Trace
-from memreason.encode.scheme import ANSWER, PREFIX, Codec
+from memreason.encode.codec import Codec
+from memreason.encode.scheme import ANSWER, PREFIX
 
 __all__ = ["FIRST", "LEARNT", "NO_LINE", "QUESTION", "Part", "in_order", "segments"]
 

@@ -5,7 +5,7 @@
 (() => {
   const LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ";
   const data = document.getElementById("data");
-  const { unsure = 0.8, traces = [] } = data ? JSON.parse(data.textContent) : {};
+  const { unsure = 0.9, traces = [] } = data ? JSON.parse(data.textContent) : {};
   const example = traces.length ? traces[0].question : "";
   let numbered = 0;
 

@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 
 from memreason.report import charts
+from memreason.report.faults import GIVEN
 from memreason.report.templates import render
 
 __all__ = ["page"]
@@ -27,7 +28,6 @@ ESSENTIALS = {
     "seed": "seed",
     "decoding": "eval.decoding",
 }
-GIVEN = {"before": "as generated", "gold": "gold lines", "own": "own lines again", "other": "another question's lines"}
 
 
 def page(data: Mapping[str, Any]) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 from memreason.core.recipe import EvalRecipe
 from memreason.core.trace import MEMORY, Question, Step, Trace
 from memreason.data.atlas import memory_line_true
-from memreason.encode.scheme import Codec
+from memreason.encode.codec import Codec
 from memreason.generate.engine import decode
 from memreason.generate.onward import PromptCodec, begun_ids
 from memreason.generate.rows import Row, start

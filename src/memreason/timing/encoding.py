@@ -21,8 +21,9 @@ from memreason.core.recipe import load_recipe
 from memreason.core.trace import Step, Trace
 from memreason.data.atlas import make_atlas
 from memreason.encode.base import load_tokenizer
+from memreason.encode.codec import Codec
 from memreason.encode.examples import CHUNK, stream_examples
-from memreason.encode.scheme import Codec, TokenScheme
+from memreason.encode.scheme import TokenScheme
 from memreason.encode.vocab import add_tokens
 
 __all__ = ["measure"]

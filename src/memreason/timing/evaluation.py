@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from memreason.core.recipe import EvalRecipe, Recipe
 from memreason.core.trace import Question
 from memreason.data.tasks import load_eval
-from memreason.encode.scheme import Codec
+from memreason.encode.codec import Codec
 from memreason.fast.memory import peak_memory
 from memreason.finetune.checkpoint import load_checkpoint
 from memreason.generate.engine import generate
