@@ -126,7 +126,7 @@ NUMBER = {"type": int, "action": "append", "default": [], "metavar": "N"}
 INSIDE: dict[str, tuple[Any, ...]] = {
     "faults": (
         _faults,
-        "whose fault each wrong answer is: memory, reason or format (exactly, on atlas)",
+        "whose fault each wrong answer is: memory, reason or format; exactly on atlas, else by trying or a judge",
         {
             "path": RUN,
             "--counterfactual": {"action": "store_true", "help": "also answer anew with gold and placebo memory lines"},
