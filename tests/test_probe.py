@@ -247,7 +247,7 @@ def test_probe_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
     run = pipeline.train(recipe)
     assert main(["probe", str(run), "--eval.n", "5"]) == 0
     told = capsys.readouterr().out
-    assert "tag control" in told and "memory reliance" in told and "blocks of reason before them" in told
+    assert "tag control" in told and "memory reliance" in told and "blocks of reason before the memory lines" in told
     (path,) = run.glob("checkpoint-*/eval/*/probe.json")
     found = read_json(path)
     own = {trace.question.id: trace for trace in read_traces(next(path.parent.glob("given-own-*.jsonl")))}
