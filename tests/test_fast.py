@@ -39,7 +39,7 @@ from memreason.fast.rows import RowLayer, row_layers
 from memreason.finetune import trainer
 from memreason.finetune.methods import merged, network_of
 from memreason.generate import engine
-from memreason.generate.engine import generate
+from memreason.generate.engines import generate
 from test_modes import KINDS, MODULES
 from test_train import live
 

@@ -27,9 +27,9 @@ from memreason.encode.vocab import add_rows, add_tokens
 from memreason.generate import engine
 from memreason.generate.answer import answer_questions, read_samples
 from memreason.generate.choose import Taken
-from memreason.generate.engine import Generation, generate
+from memreason.generate.engines import generate
 from memreason.generate.recall import FLOOR, LINE_TOKENS, Search, _reader, is_unsure, retrieving, sureness
-from memreason.generate.rows import start
+from memreason.generate.rows import Generation, start
 from memreason.measure.confidence import line_figures
 from memreason.measure.unsure import calibrated, retrieved_share, youden
 from memreason.retrieve.corpus import corpus_hash
@@ -56,8 +56,8 @@ class Fluent:
         self, search: Search | None = None, threshold: float = 0.0, precede: bool = False, **changes: Any
     ) -> dict[str, Generation]:
         settings = EvalRecipe(**{"batch_size": 2, "max_new_tokens": 70, **changes})
-        passes = retrieving(search, threshold, precede=precede) if search else None
-        made = generate(self.model, self.codec, self.questions, settings, passes=passes)
+        engine = retrieving(search, threshold, precede=precede) if search else None
+        made = generate(self.model, self.codec, self.questions, settings, engine=engine)
         return {f"{one.question.id}-{one.sample}": one for batch in made for one in batch}
 
     def trace(self, one: Generation) -> Trace:
@@ -256,9 +256,9 @@ def test_sureness_has_a_floor() -> None:
 
 def test_samples_tell_what_was_retrieved(fluent: Fluent, tmp_path: Path) -> None:
     settings = EvalRecipe(batch_size=2, max_new_tokens=70)
-    passes = retrieving(scripted("Mars is in space."), math.inf)
-    answer_questions(fluent.model, fluent.codec, fluent.questions[:1], settings, folder=tmp_path, passes=passes)
-    traces = answer_questions(fluent.model, fluent.codec, fluent.questions, settings, folder=tmp_path, passes=passes)
+    engine = retrieving(scripted("Mars is in space."), math.inf)
+    answer_questions(fluent.model, fluent.codec, fluent.questions[:1], settings, folder=tmp_path, engine=engine)
+    traces = answer_questions(fluent.model, fluent.codec, fluent.questions, settings, folder=tmp_path, engine=engine)
     assert read_traces(tmp_path / "samples.jsonl") == traces
     for line, trace in zip(read_samples(tmp_path), fluent.traces, strict=True):
         (own, *_), given = line["meta"]["recalled"], line["meta"]["given"]

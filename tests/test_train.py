@@ -17,7 +17,7 @@ from memreason.encode.vocab import add_rows, add_tokens
 from memreason.finetune.checkpoint import load_checkpoint, save_checkpoint
 from memreason.finetune.methods import trainable
 from memreason.finetune.train import train
-from memreason.generate.engine import generate
+from memreason.generate.engines import generate
 
 METHODS = ["full", "lora", "prompt-tuning", "lora+prompt-tuning", "prefix-tuning"]
 

@@ -18,7 +18,7 @@ from memreason.core.trace import Question, Trace
 from memreason.data.tasks import load_eval, load_splits
 from memreason.finetune.checkpoint import Checkpoint, load_checkpoint
 from memreason.generate.answer import read_samples
-from memreason.generate.engine import generate
+from memreason.generate.engines import generate
 from memreason.generate.onward import begun_ids, continue_traces
 from memreason.label.teacher import Teacher
 from memreason.measure.attribute import Attribution, attribute, can_check
@@ -236,7 +236,7 @@ def closeup(
     else:
         asked = Question(question, "?", loaded.recipe.data.task, choices=tuple(choices) or None)
         once = used.model_copy(update={"n_samples": 1})
-        passes = outside(once, loaded.folder).passes
-        ((made,),) = generate(loaded.model, loaded.codec, [asked], once, passes=passes)
+        engine = outside(once, loaded.folder).engine
+        ((made,),) = generate(loaded.model, loaded.codec, [asked], once, engine=engine)
         ids = made.ids
     return close_up(loaded.model, loaded.codec, asked, ids, layers=layers, heads=heads)

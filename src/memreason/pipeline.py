@@ -150,7 +150,7 @@ def evaluate(
     settings = settings or recipe.eval
     task = settings.task or recipe.data.task
     gold = load_eval(task, settings.split, recipe.data, settings.n, seed=settings.seed)
-    passes, memory = outside(settings, loaded.folder)
+    engine, memory = outside(settings, loaded.folder)
     asked = settings.model_dump(mode="json", exclude={"batch_size", *FIELDS})
     spec = {**asked, "base": base, **model_changes, **memory}
     spec["questions"] = [trace.question.id for trace in gold]
@@ -159,12 +159,12 @@ def evaluate(
         loaded.model.to(state.device)
     start, before = time.monotonic(), len(read_samples(folder))
     questions = [trace.question for trace in gold]
-    keep: dict[str, Any] = {"label": f"{task}/{settings.split}", "folder": folder, "passes": passes}
+    keep: dict[str, Any] = {"label": f"{task}/{settings.split}", "folder": folder, "engine": engine}
     traces = answer_questions(loaded.model, loaded.codec, questions, settings, **keep)
     lengths = [len(line["ids"]) for line in read_samples(folder)]
     results = {
         **summarise([(trace, score_trace(trace)) for trace in traces]),
-        **({**retrieved_share(traces), **memory} if passes else {}),
+        **({**retrieved_share(traces), **memory} if engine else {}),
         "task": task,
         "split": settings.split,
         "checkpoint": str(loaded.folder),
@@ -196,8 +196,8 @@ def ask(path: Path | str, text: str, *, choices: Sequence[str] = (), base: str |
     loaded = load_checkpoint(path, base=base)
     settings = loaded.recipe.eval.model_copy(update={"n_samples": 1})
     question = Question(text=text, answer="?", task=loaded.recipe.data.task, choices=tuple(choices) or None)
-    passes = outside(settings, loaded.folder).passes
-    return answer_questions(loaded.model, loaded.codec, [question], settings, passes=passes)[0]
+    engine = outside(settings, loaded.folder).engine
+    return answer_questions(loaded.model, loaded.codec, [question], settings, engine=engine)[0]
 
 
 def run(recipe: Recipe, *, fresh: bool = False) -> dict[str, Any]:

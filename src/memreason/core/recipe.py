@@ -143,6 +143,10 @@ class EvalRecipe(Stage):
     top_p: float = Field(1.0, gt=0, le=1, description="for sampling")
     n_samples: int = Field(1, ge=1, description="traces per question")
     seed: int = Field(0, description="of sampling, and of the draw of questions")
+    engine: Literal["local", "vllm", "openai"] = Field(
+        "local", description="what generates: here, or for an exported model vLLM or any OpenAI-compatible server"
+    )
+    base_url: str | None = Field(None, description="of the server, e.g. http://127.0.0.1:8000/v1")
     memory: Literal["recall", "retrieve", "retrieve-when-unsure"] = Field(
         "recall",
         description="where memory lines come from: the model alone, or a corpus in place of all or of unsure ones",

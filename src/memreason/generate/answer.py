@@ -17,8 +17,8 @@ from memreason.core.files import append_jsonl, read_jsonl, write_jsonl
 from memreason.core.recipe import EvalRecipe
 from memreason.core.trace import Question, Trace
 from memreason.encode.codec import Codec
-from memreason.generate.engine import Generation, Passes, generate
-from memreason.generate.rows import Retrieved
+from memreason.generate.engines import generate
+from memreason.generate.rows import Engine, Generation, Retrieved
 
 __all__ = ["answer_questions", "read_samples"]
 
@@ -33,12 +33,12 @@ def answer_questions(
     *,
     label: str = "answering",
     folder: Path | None = None,
-    passes: Passes | None = None,
+    engine: Engine | None = None,
 ) -> list[Trace]:
     """Generate a trace for each question, shared out over processes, each question answered once.
 
-    `passes` takes the place of plain decoding. With a folder, every batch is appended to its samples and a
-    second call goes on where the first stopped.
+    `engine` takes the place of the one that the settings name. With a folder, every batch is appended to its samples
+    and a second call goes on where the first stopped.
     """
     state = PartialState()
     done = read_samples(folder) if folder else []
@@ -51,7 +51,7 @@ def answer_questions(
     model.eval()
     left = sum((question.id, n) not in skip for question in mine for n in range(settings.n_samples))
     with tqdm(total=left, desc=label, unit="q", disable=not state.is_main_process) as bar:
-        for batch in generate(model, codec, mine, settings, skip=skip, passes=passes):
+        for batch in generate(model, codec, mine, settings, skip=skip, engine=engine):
             lines = [_sample(codec, generation) for generation in batch]
             if folder is not None:
                 append_jsonl(folder / own, lines)

@@ -14,9 +14,8 @@ answer is that of plain decoding, in fewer passes.
 
 from __future__ import annotations
 
-import logging
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from itertools import chain
 from typing import Any
 
@@ -32,51 +31,11 @@ from memreason.finetune.methods import is_adapted, merged, network_of
 from memreason.generate.choose import Choose, chooser, drafts_of, take
 from memreason.generate.cohort import COHORTS, Cohort
 from memreason.generate.plain import generate_plainly
-from memreason.generate.rows import Generation, Row, start
+from memreason.generate.rows import Row
 
-__all__ = ["Generation", "Passes", "decode", "generate"]
+__all__ = ["decode"]
 
-log = logging.getLogger("memreason")
-Passes = Callable[[Any, Codec, deque[Row], EvalRecipe], Iterator[list[Row]]]  # rows waiting -> those that ended
 CHOSEN = 64  # rows of logits looked at together: their fp32 copy stays in the cache
-
-
-def generate(
-    model: Any,
-    codec: Codec,
-    questions: Sequence[Question],
-    settings: EvalRecipe,
-    *,
-    skip: frozenset[tuple[str, int]] = frozenset(),
-    passes: Passes | None = None,
-) -> Iterator[list[Generation]]:
-    """Answer each question `n_samples` times; yield what is finished, a few at a time, longest prompts first.
-
-    A question that leaves no room for an answer (settings.max_length, or the model's positions) gets no tokens.
-    Greedy answers do not depend on the number in flight in fp32; sampled ones draw from a generator of
-    their own, seeded by question, sample and seed. `skip` holds (question id, sample) already done. `passes`
-    takes the place of `decode`.
-    """
-    room = getattr(model.config, "max_position_embeddings", None)
-    rows = [
-        start(codec, question, sample, settings, room)
-        for question in questions
-        for sample in range(settings.n_samples)
-        if (question.id, sample) not in skip
-    ]
-    opening = codec.opening()
-    if too_long := [row for row in rows if row.limit < 1]:
-        log.warning("%d questions are longer than the limit of prompt and answer: they get none", len(too_long))
-        yield [row.generation(opening) for row in too_long]
-    waiting = deque(sorted((row for row in rows if row.limit >= 1), key=lambda row: -len(row.pending)))
-    finished: list[Row] = []
-    for ended in (passes or decode)(model, codec, waiting, settings):
-        finished += ended
-        if len(finished) * 4 >= settings.batch_size:
-            yield [row.generation(opening) for row in finished]
-            finished = []
-    if finished:
-        yield [row.generation(opening) for row in finished]
 
 
 def decode(

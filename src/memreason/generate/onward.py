@@ -11,7 +11,7 @@ from memreason.core.errors import ModelError
 from memreason.core.recipe import EvalRecipe
 from memreason.core.trace import Question, Trace
 from memreason.encode.codec import Codec
-from memreason.generate.engine import generate
+from memreason.generate.engines import generate
 
 __all__ = ["PromptCodec", "begun_ids", "continue_traces"]
 

@@ -20,8 +20,8 @@ from memreason.core.trace import MEMORY, Question
 from memreason.encode.codec import Codec
 from memreason.encode.scheme import PREFIX
 from memreason.generate.choose import Taken
-from memreason.generate.engine import Passes, decode
-from memreason.generate.rows import Retrieved, Row
+from memreason.generate.engine import decode
+from memreason.generate.rows import Engine, Retrieved, Row
 
 __all__ = ["FLOOR", "Found", "Search", "is_unsure", "retrieving", "sureness"]
 
@@ -52,7 +52,7 @@ def is_unsure(sure: float, threshold: float) -> bool:
     return 1 / (1 + math.exp(-over)) < 0.5
 
 
-def retrieving(search: Search, threshold: float, *, precede: bool = False) -> Passes:
+def retrieving(search: Search, threshold: float, *, precede: bool = False) -> Engine:
     """Decoding in which `search` replaces memory lines whose sureness is below the threshold (infinite: all of them),
     or, to `precede` them, puts a line of what it found before each and lets the model write its own anew.
 

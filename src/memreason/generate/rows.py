@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -13,7 +14,7 @@ from memreason.core.trace import Question
 from memreason.encode.codec import Codec
 from memreason.generate.choose import Taken
 
-__all__ = ["Generation", "Retrieved", "Row", "Until", "start"]
+__all__ = ["Engine", "Generation", "Retrieved", "Row", "Until", "start"]
 
 Until = Callable[[Sequence[int]], bool]  # generated ids so far -> whether to stop behind the last one
 
@@ -85,6 +86,9 @@ class Row:
         while len(self.draws) <= number:
             self.draws.append(float(torch.rand((), generator=self.random)))
         return self.draws[number]
+
+
+Engine = Callable[[Any, Codec, deque[Row], EvalRecipe], Iterator[list[Row]]]  # model, rows waiting -> those that ended
 
 
 def start(

@@ -17,8 +17,9 @@ from memreason.encode.base import load_model, load_tokenizer
 from memreason.encode.codec import Codec
 from memreason.encode.scheme import TokenScheme
 from memreason.finetune.checkpoint import load_checkpoint
-from memreason.generate.engine import Generation, generate
+from memreason.generate.engines import generate
 from memreason.generate.onward import PromptCodec
+from memreason.generate.rows import Generation
 from memreason.label.request import Reply, Request
 
 __all__ = ["LocalTeacher", "local_teacher"]

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 from memreason.core.errors import RecipeError
 from memreason.core.files import read_json
 from memreason.core.recipe import EvalRecipe
-from memreason.generate.engine import Passes
 from memreason.generate.recall import retrieving
+from memreason.generate.rows import Engine
 from memreason.retrieve.corpus import corpus_hash
 from memreason.retrieve.passage import Retriever, searching
 
@@ -25,7 +25,7 @@ CALIBRATION = "calibration.json"  # beside a checkpoint's weights
 class Outside(NamedTuple):
     """How to decode (None: plainly), and what tells an evaluation from one with other memory."""
 
-    passes: Passes | None = None
+    engine: Engine | None = None
     spec: Mapping[str, Any] = MappingProxyType({})
 
 
@@ -55,10 +55,10 @@ def outside(settings: EvalRecipe, checkpoint: Path) -> Outside:
     assert corpus is not None  # the recipe checks it
     threshold = None if settings.memory == "retrieve" else _threshold(settings, checkpoint)
     below, precede = math.inf if threshold is None else threshold, settings.retrieved == "precedes"
-    passes = retrieving(searching(open_retriever(corpus)), below, precede=precede)
+    engine = retrieving(searching(open_retriever(corpus)), below, precede=precede)
     known = corpus if _is_address(corpus) else corpus_hash(corpus)
     spec = {"memory": settings.memory, "corpus": known, "unsure_below": threshold}
-    return Outside(passes, spec | ({"retrieved": settings.retrieved} if precede else {}))
+    return Outside(engine, spec | ({"retrieved": settings.retrieved} if precede else {}))
 
 
 def _threshold(settings: EvalRecipe, checkpoint: Path) -> float:

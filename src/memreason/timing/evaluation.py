@@ -16,7 +16,7 @@ from memreason.data.tasks import load_eval
 from memreason.encode.codec import Codec
 from memreason.fast.memory import peak_memory
 from memreason.finetune.checkpoint import load_checkpoint
-from memreason.generate.engine import generate
+from memreason.generate.engines import generate
 from memreason.publish.merge import merge
 
 __all__ = ["eval_memreason", "eval_transformers", "export"]
