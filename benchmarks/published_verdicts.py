@@ -19,7 +19,8 @@ from typing import Any
 
 from memreason.core.files import read_json
 from memreason.core.trace import LETTERS
-from memreason.measure.score import PHRASE, Score, score
+from memreason.measure.reading import PHRASE
+from memreason.measure.score import Score, score
 from memreason.measure.stats import wilson
 
 WORDS = "The answer is:"

@@ -41,7 +41,8 @@ def one_by_one(codec: Codec, trace: Trace) -> dict[str, list[int]]:
         return codec.text_tokenizer.encode(text, add_special_tokens=False).ids
 
     def block(*names: str) -> list[int]:
-        return [i for name in names for token in codec.blocks.get(name, ()) for i in (token, *codec.separator)]
+        tokens = [token for name in names for token in codec.blocks.get(name, ())]
+        return [i for n, token in enumerate(tokens) for i in ([*codec.separator, token] if n else [token])]
 
     each = codec.scheme.placement == "each_step"
     question = codec.opening_special_ids + ids(codec.scheme.question_text(trace.question))

@@ -14,7 +14,7 @@ from conftest import save_base, tiny_recipe
 from memreason import inside, pipeline
 from memreason.cli import main
 from memreason.core.errors import TaskError, TeacherError
-from memreason.core.files import read_json, read_jsonl, write_traces
+from memreason.core.files import read_json, read_jsonl, write_jsonl, write_traces
 from memreason.core.labelling import LabelRecipe, load_label_recipe
 from memreason.core.trace import MEMORY, REASON, Question, Step, Trace
 from memreason.label.scripted import ScriptedTeacher, serving
@@ -312,6 +312,35 @@ def test_a_judged_run_end_to_end(
         (1, "It is of lead.")
     ] * 3
     assert not [one for one in run.rglob("*") if one.is_file() and KEY.encode() in one.read_bytes()]
+
+
+def test_ways_gone_before_stay_beside_a_new_one(tmp_path: Path) -> None:
+    """Whichever is asked for later: the files are those of both at once. Of other samples nothing is kept."""
+    run, own = tiny_run(tmp_path)
+    settings = pipeline.load_recipe(None, {"eval.task": str(own), "eval.max_new_tokens": 6}).eval
+    folder = Path(pipeline.evaluate(run, settings=settings)["folder"])
+    samples = folder / "samples.jsonl"
+    written = [line for _, line in read_jsonl(samples)]
+    steps = [{"kinds": ["memory"], "text": "It is of lead."}]
+    write_jsonl(samples, [{**line, "steps": steps, "prediction": "False"} for line in written])
+    with serving(ScriptedTeacher()) as url:
+        asking: dict[str, Any] = {"judge": judge(url)}
+        trying: dict[str, Any] = {"counterfactual": True}
+
+        def made(*ways: dict[str, Any]) -> tuple[Any, list[Any]]:
+            for name in ("faults.json", "faults.jsonl"):
+                (folder / name).unlink(missing_ok=True)
+            for way in ways:
+                table = inside.faults(run, settings=settings, **way)
+            assert table == read_json(folder / "faults.json")
+            return table, [line for _, line in read_jsonl(folder / "faults.jsonl")]
+
+        whole = made({**trying, **asking})
+        assert set(whole[0]["ways"]) == {"counterfactual", "judge"} and whole[0]["agreement"][0]["wrong"] == 3
+        assert made(trying, asking) == made(asking, trying) == made(trying, asking, {**asking}) == whole
+        write_jsonl(samples, [{**line, "steps": steps, "prediction": "True"} for line in written])
+        table = inside.faults(run, settings=settings, **asking)
+    assert set(table["ways"]) == {"judge"} and "counterfactual" not in table and not table["agreement"]
 
 
 def test_flags_of_a_judge_need_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

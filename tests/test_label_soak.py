@@ -7,7 +7,6 @@ import os
 import random
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -25,6 +24,7 @@ from memreason.core.labelling import load_label_recipe
 from memreason.core.trace import Question, Trace
 from memreason.data.atlas import make_atlas
 from memreason.encode.base import pull
+from real_servers import transformers_serve
 
 pytestmark = pytest.mark.soak
 COUNT = 10_000
@@ -112,35 +112,6 @@ def test_five_kills_lose_nothing_and_double_nothing() -> None:
     again = counts["paid"] - summary["usage"]["replies"]
     print(f"{again} replies of {counts['paid']} were paid for and not kept, at five kills with 64 in flight")
     assert 0 <= again <= 5 * 64
-
-
-def free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return int(one.getsockname()[1])
-
-
-@contextmanager
-def transformers_serve(model: str) -> Iterator[str]:
-    """Transformers' own server; `make soak` installs what it needs beside the package."""
-    port = free_port()
-    command = [sys.executable, "-m", "transformers.cli.transformers", "serve", model, "--port", str(port)]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    with Path("serve.log").open("w") as log:
-        process = subprocess.Popen([*command, "--dtype", "float32"], stdout=log, stderr=log, env=environment)
-        try:
-            end = time.monotonic() + 180
-            while True:
-                assert process.poll() is None and time.monotonic() < end, Path("serve.log").read_text()[-2000:]
-                try:
-                    httpx2.get(f"http://localhost:{port}/health")
-                    break
-                except httpx2.TransportError:
-                    time.sleep(1)
-            yield f"http://localhost:{port}/v1"
-        finally:
-            process.kill()
-            process.wait()
 
 
 def test_a_real_server_with_a_real_model(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PhiConfig, PhiForCausalLM
 
 from conftest import BASES, own_traces, save_base, tiny_recipe
-from memreason import merge, pipeline
+from memreason import pipeline
 from memreason.core.errors import CheckpointError, RecipeError
 from memreason.core.files import read_json
 from memreason.core.recipe import EvalRecipe, Recipe
@@ -22,6 +22,8 @@ from memreason.encode.vocab import add_rows, add_tokens
 from memreason.finetune.checkpoint import checkpoints_in, load_checkpoint
 from memreason.finetune.methods import trainable
 from memreason.generate.answer import answer_questions
+from memreason.publish.export import write_model
+from memreason.publish.merge import merge
 
 METHODS = ("full", "lora", "prompt-tuning", "lora+prompt-tuning", "prefix-tuning")
 
@@ -133,6 +135,13 @@ def test_constant_length_stream(tmp_path: Path) -> None:
     assert pipeline.evaluate(tmp_path / "run", settings=EvalRecipe(n=2, max_new_tokens=4))["n"] == 2
 
 
+def merged_model(run: Path, out: Path) -> Path:
+    """What `export` writes before it is checked."""
+    loaded = load_checkpoint(run, dtype="fp32", quantize=None)
+    write_model(out, out, merge(loaded), loaded, "fp32")
+    return out
+
+
 def test_virtual_tokens_at_the_front(tmp_path: Path) -> None:
     base = save_base(tmp_path / "base")
     changes = {"method.name": "prompt-tuning", "tokens.placement": "only_at_front", "tokens.n_prefix": 3}
@@ -142,7 +151,7 @@ def test_virtual_tokens_at_the_front(tmp_path: Path) -> None:
     assert (config["peft_type"], config["num_virtual_tokens"]) == ("PROMPT_TUNING", 3)
     assert pipeline.evaluate(tmp_path / "run", settings=EvalRecipe(n=2, max_new_tokens=4))["n"] == 2
     with pytest.raises(CheckpointError, match="prompt-tuning trains virtual tokens"):
-        merge(tmp_path / "run", tmp_path / "merged")
+        merged_model(tmp_path / "run", tmp_path / "merged")
 
 
 def test_best_checkpoint_outlives_the_limit(tmp_path: Path) -> None:
@@ -198,17 +207,15 @@ def test_law_7_merging(tmp_path: Path, kind: str, method: str) -> None:
     trained = load_checkpoint(recipe.folder)
     if method == "prefix-tuning":
         with pytest.raises(CheckpointError, match="prefix-tuning trains virtual tokens"):
-            merge(recipe.folder, tmp_path / "merged")
+            merged_model(recipe.folder, tmp_path / "merged")
         return
-    out = merge(recipe.folder, tmp_path / "merged")
+    out = merged_model(recipe.folder, tmp_path / "merged")
     plain = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
     expected = logits_of(trained.model, trained.codec)
     torch.testing.assert_close(logits_of(plain, trained.codec), expected, rtol=1e-4, atol=1e-4)
     assert "<memory_0>" in AutoTokenizer.from_pretrained(out).get_vocab()
     again = load_checkpoint(out)
     torch.testing.assert_close(logits_of(again.model, again.codec), expected, rtol=1e-4, atol=1e-4)
-    with pytest.raises(CheckpointError, match="holds files already"):
-        merge(recipe.folder, out)
 
 
 def test_a_quantised_run_is_merged_unquantised(tmp_path: Path) -> None:
@@ -216,7 +223,8 @@ def test_a_quantised_run_is_merged_unquantised(tmp_path: Path) -> None:
     recipe = tiny_recipe(tmp_path, base, **{"model.quantize": "8bit"})
     losses(recipe)
     unquantised = load_checkpoint(recipe.folder, quantize=None, dtype="fp32")
-    plain = AutoModelForCausalLM.from_pretrained(merge(recipe.folder, tmp_path / "merged"), dtype=torch.float32).eval()
+    folder = merged_model(recipe.folder, tmp_path / "merged")
+    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     assert not getattr(plain, "is_quantized", False)
     expected = logits_of(unquantised.model, unquantised.codec)
     torch.testing.assert_close(logits_of(plain, unquantised.codec), expected, rtol=1e-4, atol=1e-4)

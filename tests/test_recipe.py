@@ -52,7 +52,10 @@ def test_every_mistake_at_once() -> None:
 
 def test_refused_flags_say_which_feature() -> None:
     with pytest.raises(RecipeError) as caught:
-        translate(["--dataset", "x", "--use_calculator", "True", "--plan_first", "True", "--nonsense"], train=True)
+        translate(
+            ["--dataset", "x", "--use_sparse_attention", "True", "--use_demonstrations", "True", "--nonsense"],
+            train=True,
+        )
     assert len(caught.value.problems) == 4
     assert "planning-token family" in str(caught.value)
 

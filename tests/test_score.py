@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from memreason.core.trace import Question, Step, Trace
+from memreason.measure.formula import same_value
 from memreason.measure.score import chance, majority, question_kind, score, score_trace
 from memreason.measure.stats import summarise
 
@@ -117,3 +118,35 @@ def test_summary() -> None:
 def test_summary_of_nothing() -> None:
     found = summarise([])
     assert (found["n"], found["accuracy"], found["interval"]) == (0, 0.0, (0.0, 1.0))
+
+
+@pytest.mark.parametrize(
+    ("said", "gold", "verdict"),
+    [
+        ("1/2", "\\frac{1}{2}", "correct"),
+        (" $\\boxed{\\dfrac{1}{2}}$.", "\\frac12", "correct"),
+        ("0.5", "\\frac{1}{2}", "correct"),
+        ("10", "10\\text{ cm}", "correct"),
+        ("(1, 2)", "(1,2)", "correct"),
+        ("1 + x^2", "x^2+1", "correct"),
+        ("$\\sqrt{8}$", "2\\sqrt{2}", "correct"),
+        ("[0,1]", "[0,1)", "wrong"),
+        ("\\frac{1}{3}", "\\frac{1}{2}", "wrong"),
+        ("2^{10^{10}}", "3", "wrong"),
+        ("__import__('os').system('exit 1')", "1", "wrong"),
+        ("", "1", "no_answer"),
+    ],
+)
+def test_math_compares_values(said: str, gold: str, verdict: str) -> None:
+    """Equal formulas written otherwise are right (they were wrong); a power that cannot be computed ends in time."""
+    question = Question("How much?", gold, "math")
+    found = score_trace(Trace(question, (), said))
+    assert (found.verdict, question_kind(question)) == (verdict, "formula")
+
+
+def test_a_thread_compares_texts_alone() -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    with ThreadPoolExecutor(1) as pool:
+        assert not pool.submit(same_value, "1/2", "0.5").result()
+        assert pool.submit(same_value, "$\\frac12$", "\\frac12").result()

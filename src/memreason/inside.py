@@ -8,15 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
+from accelerate.utils import gather_object
 from tqdm import tqdm
 
 from memreason.core.errors import ModelError, RecipeError, TaskError
-from memreason.core.files import read_traces, settings_hash, write_json, write_jsonl, write_traces
+from memreason.core.files import read_json, read_jsonl, read_traces, settings_hash, write_json, write_jsonl, write_traces
 from memreason.core.labelling import LabelRecipe
 from memreason.core.recipe import EvalRecipe
 from memreason.core.trace import Question, Trace
 from memreason.data.tasks import load_eval, load_splits
-from memreason.finetune.checkpoint import Checkpoint, load_checkpoint
+from memreason.finetune.checkpoint import Checkpoint, checkpoint_for, load_checkpoint
 from memreason.generate.answer import read_samples
 from memreason.generate.engines import generate
 from memreason.generate.onward import begun_ids, continue_traces
@@ -37,7 +38,7 @@ from memreason.measure.judge import attribute_by_judge
 from memreason.measure.kinds import kind_reader, reader_accuracy
 from memreason.measure.look import Closeup, close_up, overview
 from memreason.measure.probe import PROBES, Begun, Case, begun, cases_of, probe_table
-from memreason.measure.ways import fault_lines, faults_of
+from memreason.measure.ways import fault_lines, faults_of, read_ways
 from memreason.pipeline import evaluate
 from memreason.retrieve.outside import open_retriever, outside
 from memreason.retrieve.passage import Passage, sentence_for
@@ -62,10 +63,11 @@ def faults(
     Exactly, where facts are known (atlas). With `counterfactual` each question is answered anew with other memory lines
     given; `gold` says where true ones come from (None: what is there), `search` finds those to be "retrieved" (None: in
     the settings' corpus). With `judge` a model reads every wrong trace: the recipe's, or a `teacher` of one's own.
-    Writes faults.jsonl (a line for each question: verdict and evidence) and faults.json beside the samples.
+    Writes faults.jsonl (a line for each question: verdict and evidence) and faults.json beside the samples; ways that
+    were gone before for the same samples, and are not now, stay in them.
     Raises TaskError where facts are not known and no other way is given.
     """
-    loaded = checkpoint or load_checkpoint(path, base=base)
+    loaded = checkpoint or checkpoint_for(settings, path, base=base)
     used, data = settings or loaded.recipe.eval, loaded.recipe.data
     task = used.task or data.task
     asked = load_eval(task, used.split, data, used.n, seed=used.seed)
@@ -84,7 +86,7 @@ def faults(
     if judge and PartialState().is_main_process:
         journal = folder / f"judge-{settings_hash({'model': judge.teacher.model})}.sqlite"
         ways["judge"], table["judge"] = attribute_by_judge(made, judge, journal, teacher=teacher)
-    return _write_faults(folder, ways, table)
+    return _write_faults(folder, made, ways, table)
 
 
 def _searching(corpus: str | None) -> Search | None:
@@ -106,12 +108,29 @@ def _first(samples: Sequence[Trace]) -> list[Trace]:
     return list(once.values())
 
 
-def _write_faults(folder: Path, ways: Mapping[str, Sequence[Attribution]], about: dict[str, Any]) -> dict[str, Any]:
-    table = {**faults_of(ways), **about}
+def _write_faults(
+    folder: Path, made: Sequence[Trace], ways: Mapping[str, Sequence[Attribution]], about: dict[str, Any]
+) -> dict[str, Any]:
+    samples = settings_hash({"samples": [trace.to_json() for trace in made]})
+    earlier, told = _earlier(folder, made, samples)
+    every = {**earlier, **ways}
+    kept = {name: told[name] for name in earlier if name in told}
+    table = {**faults_of(every), **kept, **about, "samples": samples}
     if PartialState().is_main_process:
-        write_jsonl(folder / "faults.jsonl", fault_lines(ways))
+        write_jsonl(folder / "faults.jsonl", fault_lines(every))
         write_json(folder / "faults.json", table)
     return table
+
+
+def _earlier(
+    folder: Path, made: Sequence[Trace], samples: str
+) -> tuple[dict[str, list[Attribution]], dict[str, Any]]:
+    """The ways that were gone before for these very samples, and the table that tells of them."""
+    path = folder / "faults.json"
+    told: dict[str, Any] = read_json(path) if path.is_file() else {}
+    if told.get("samples") != samples:  # of other traces, or of a version that did not say
+        return {}, {}
+    return read_ways([line for _, line in read_jsonl(folder / "faults.jsonl")], made), told
 
 
 def _interventions(
@@ -138,8 +157,14 @@ def _continued(
     two verbs that give the same generate it once."""
     path = folder / f"given-{name}-{settings_hash(ids)}.jsonl"
     if questions and not path.is_file():
-        made = continue_traces(loaded.model, loaded.codec, questions, ids, settings)
-        write_traces(path, tqdm(made, name, len(questions)))
+        state = PartialState()
+        mine = questions[state.process_index :: state.num_processes]
+        made = list(tqdm(continue_traces(loaded.model, loaded.codec, mine, ids, settings), name, len(mine)))
+        whole = gather_object(made) if state.num_processes > 1 else made
+        order = {question.id: number for number, question in enumerate(questions)}
+        if state.is_main_process:
+            write_traces(path, sorted(whole, key=lambda trace: order[trace.question.id]))
+        state.wait_for_everyone()
     return read_traces(path) if questions else []
 
 
@@ -156,7 +181,7 @@ def probe(
     One batched run an intervention, kept beside the samples once it is whole. Writes probe.json there.
     Raises ModelError for a scheme whose lines carry no blocks.
     """
-    loaded = checkpoint or load_checkpoint(path, base=base)
+    loaded = checkpoint or checkpoint_for(settings, path, base=base)
     if loaded.codec.scheme.placement != "each_step" or not loaded.codec.scheme.n_special:
         raise ModelError(f"{path}: its lines carry no blocks of their kinds, so there is nothing to probe")
     results = evaluate(path, settings=settings, base=base, checkpoint=loaded)
@@ -235,7 +260,7 @@ def closeup(
         asked, ids = Trace.from_json(line).question, line["ids"]
     else:
         asked = Question(question, "?", loaded.recipe.data.task, choices=tuple(choices) or None)
-        once = used.model_copy(update={"n_samples": 1})
+        once = used.model_copy(update={"n_samples": 1, "ray": None})
         engine = outside(once, loaded.folder).engine
         ((made,),) = generate(loaded.model, loaded.codec, [asked], once, engine=engine)
         ids = made.ids

@@ -11,7 +11,7 @@ from memreason.core.errors import RecipeError, TaskError
 from memreason.core.files import read_json, settings_hash, write_json, write_traces
 from memreason.core.recipe import EvalRecipe
 from memreason.data.tasks import is_file, load_splits, task_named
-from memreason.finetune.checkpoint import Checkpoint, load_checkpoint
+from memreason.finetune.checkpoint import Checkpoint, checkpoint_for, load_checkpoint
 from memreason.generate.answer import read_samples
 from memreason.measure.unsure import QUANTILES, calibrated
 from memreason.pipeline import evaluate
@@ -35,7 +35,7 @@ def calibrate(
     Evaluates them first, from the model's own memory. Writes calibration.json beside the weights.
     Raises TaskError where there are no validation questions, or none of their lines is false.
     """
-    loaded = checkpoint or load_checkpoint(path, base=base)
+    loaded = checkpoint or checkpoint_for(settings, path, base=base)
     used = _recalling(_on_validation(settings or loaded.recipe.eval, loaded))
     results = evaluate(path, settings=used, base=base, checkpoint=loaded)
     found = calibrated(read_samples(Path(results["folder"])))
@@ -81,6 +81,8 @@ def retrieval_curve(
     """
     if not settings.corpus:
         raise RecipeError("eval.corpus: what shall be searched? e.g. --eval.corpus atlas, or FILE.jsonl", "retrieve")
+    if settings.engine != "local":
+        raise RecipeError(f"eval.engine: {settings.engine} does not stop at memory lines; leave it out", "retrieve")
     loaded = checkpoint or load_checkpoint(path, base=base)
     known = loaded.folder / CALIBRATION
     table = read_json(known) if known.is_file() else calibrate(path, settings=settings, base=base, checkpoint=loaded)

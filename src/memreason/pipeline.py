@@ -28,8 +28,10 @@ from memreason.encode.base import pick_dtype
 from memreason.encode.codec import Codec
 from memreason.encode.examples import Example, coloured_mask, encode_trace, pack_stream
 from memreason.fast.memory import peak_memory
-from memreason.finetune.checkpoint import Checkpoint, load_checkpoint
-from memreason.finetune.prepare import Prepared, prepare, trainable_model
+from memreason.finetune.checkpoint import Checkpoint, checkpoint_for, open_checkpoint
+from memreason.finetune.prepare import Prepared, pinned, prepare, trainable_model
+from memreason.finetune.processes import together
+from memreason.finetune.spread import is_spread
 from memreason.finetune.train import train as run_trainer
 from memreason.finetune.train import training_arguments
 from memreason.generate.answer import answer_questions, read_samples
@@ -37,8 +39,10 @@ from memreason.measure.confidence import confidence_table
 from memreason.measure.score import score_trace
 from memreason.measure.stats import summarise
 from memreason.measure.unsure import retrieved_share
-from memreason.report.console import console, figures, note
+from memreason.report.console import console, note
+from memreason.report.estimate import print_estimate
 from memreason.retrieve.outside import FIELDS, outside
+from memreason.timing.estimate import estimate
 
 __all__ = ["ask", "dry_run", "evaluate", "run", "train"]
 
@@ -50,19 +54,23 @@ def train(recipe: Recipe, *, fresh: bool = False) -> Path:
     """
     folder, main = recipe.folder, PartialState().is_main_process
     _claim(recipe, fresh)
-    training_arguments(recipe)  # a wrong argument must show before anything is loaded
+    arguments = training_arguments(recipe)  # a wrong argument must show before anything is loaded
     manifest = folder / "manifest.json"
-    if manifest.is_file() and read_json(manifest).get("best"):
+    known = read_json(manifest) if manifest.is_file() else {}
+    if known.get("best"):
         note(f"{folder} is trained already; --fresh trains it anew")
         return folder
+    step = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * PartialState().num_processes
+    _check_step(manifest, step)
     start = time.monotonic()
+    recipe = pinned(recipe, known)
     ready = prepare(recipe, warn=note)
     rows: Sequence[Example] = ready.examples.rows
     if recipe.train.mode == "constant_len":
         rows = pack_stream(rows, recipe.train.model_max_length)
     model = trainable_model(recipe, ready.codec)
     if main:
-        write_json(manifest, _manifest(recipe, ready))
+        write_json(manifest, _manifest(recipe, ready) | {"examples_a_step": step})
     done = run_trainer(recipe, model, ready.codec, rows, _selector(recipe, ready.codec, ready.splits))
     if main:
         scored = any("eval_acc" in entry for entry in done["history"])
@@ -78,6 +86,8 @@ def _claim(recipe: Recipe, fresh: bool) -> None:
     path, state = recipe.folder / "recipe.yaml", PartialState()
     if path.is_file() and not fresh:
         mine, theirs = recipe.model_dump(mode="json"), load_recipe(path).model_dump(mode="json")
+        for one in (mine, theirs):
+            one["train"] = {name: value for name, value in one["train"].items() if name not in SHARING}
         differing = [key for key in mine if key not in ("eval", "output_dir") and mine[key] != theirs[key]]
         if differing:
             raise RecipeError(
@@ -92,6 +102,18 @@ def _claim(recipe: Recipe, fresh: bool) -> None:
     state.wait_for_everyone()
 
 
+def _check_step(manifest: Path, step: int) -> None:
+    """A run may go on with another number of processes, but not with other steps."""
+    before = read_json(manifest).get("examples_a_step", step) if manifest.is_file() else step
+    if before != step:
+        raise RecipeError(
+            f"{manifest.parent}: its steps took {before} examples, these would take {step}. Let "
+            "train.per_device_train_batch_size x train.gradient_accumulation_steps x processes be "
+            f"{before}, or start anew with --fresh.",
+            "train",
+        )
+
+
 def _manifest(recipe: Recipe, ready: Prepared) -> dict[str, Any]:
     packages = ("memreason", "torch", "transformers", "peft", "tokenizers")
     splits = ready.splits
@@ -100,6 +122,7 @@ def _manifest(recipe: Recipe, ready: Prepared) -> dict[str, Any]:
         "seed": recipe.seed,
         "base": recipe.model.base,
         "revision": recipe.model.revision,
+        "fingerprint": recipe.model.fingerprint,
         "dtype": str(pick_dtype(recipe.model.dtype)).removeprefix("torch."),
         "tokens": ready.codec.describe(),
         "rows": {"train": len(splits.train), "validation": len(splits.validation), "leaked": len(splits.leaked)},
@@ -120,7 +143,7 @@ def _selector(recipe: Recipe, codec: Codec, splits: Splits) -> Callable[[nn.Modu
         held = splits.validation[: recipe.train.n_select]
     if not held:
         return None
-    settings = recipe.eval.model_copy(update={"n_samples": 1})
+    settings = recipe.eval.model_copy(update={"n_samples": 1, "engine": "local", "ray": None})
 
     def judge(model: nn.Module) -> dict[str, float]:
         traces = answer_questions(model, codec, [trace.question for trace in held], settings, label="selecting")
@@ -130,6 +153,10 @@ def _selector(recipe: Recipe, codec: Codec, splits: Splits) -> Callable[[nn.Modu
     return judge
 
 
+# How the work is shared out: a run may go on otherwise, on other machines.
+SHARING = {
+    "per_device_train_batch_size", "gradient_accumulation_steps", "pass_tokens", "compile", "fsdp", "fsdp_config",
+}  # fmt: skip
 SELECTED = {"acc": "accuracy", "no_answer": "no_answer", "well_formed": "well_formed"}
 
 
@@ -145,22 +172,26 @@ def evaluate(
 
     Writes results.json, samples.jsonl and generations.txt beside the weights. Resumes if it was stopped.
     """
-    loaded = checkpoint or load_checkpoint(path, base=base, **model_changes)
+    loaded = checkpoint or checkpoint_for(settings, path, base=base, **model_changes)
     recipe, state = loaded.recipe, PartialState()
     settings = settings or recipe.eval
+    if settings.ray:
+        loaded = open_checkpoint(loaded.folder, base=base, **model_changes)  # the workers read its weights
     task = settings.task or recipe.data.task
     gold = load_eval(task, settings.split, recipe.data, settings.n, seed=settings.seed)
     engine, memory = outside(settings, loaded.folder)
-    asked = settings.model_dump(mode="json", exclude={"batch_size", *FIELDS})
+    elsewhere = {"engine", "base_url", "served_model"} if settings.engine == "local" else set()
+    asked = settings.model_dump(mode="json", exclude={"batch_size", "ray", *FIELDS, *elsewhere})
     spec = {**asked, "base": base, **model_changes, **memory}
     spec["questions"] = [trace.question.id for trace in gold]
     folder = loaded.folder / "eval" / f"{Path(task).stem}-{settings.split}-{settings_hash(spec)}"
-    if torch.cuda.is_available() and not getattr(loaded.model, "is_quantized", False):
+    if torch.cuda.is_available() and not (getattr(loaded.model, "is_quantized", False) or is_spread(loaded.model)):
         loaded.model.to(state.device)
     start, before = time.monotonic(), len(read_samples(folder))
     questions = [trace.question for trace in gold]
     keep: dict[str, Any] = {"label": f"{task}/{settings.split}", "folder": folder, "engine": engine}
-    traces = answer_questions(loaded.model, loaded.codec, questions, settings, **keep)
+    with together():
+        traces = answer_questions(loaded.model, loaded.codec, questions, settings, **keep)
     lengths = [len(line["ids"]) for line in read_samples(folder)]
     results = {
         **summarise([(trace, score_trace(trace)) for trace in traces]),
@@ -193,7 +224,7 @@ def _generation(codec: Codec, trace: Trace) -> str:
 
 def ask(path: Path | str, text: str, *, choices: Sequence[str] = (), base: str | None = None) -> Trace:
     """One trace for one question of the user's own, with choices if there are some."""
-    loaded = load_checkpoint(path, base=base)
+    loaded = checkpoint_for(None, path, base=base)
     settings = loaded.recipe.eval.model_copy(update={"n_samples": 1})
     question = Question(text=text, answer="?", task=loaded.recipe.data.task, choices=tuple(choices) or None)
     engine = outside(settings, loaded.folder).engine
@@ -202,39 +233,19 @@ def ask(path: Path | str, text: str, *, choices: Sequence[str] = (), base: str |
 
 def run(recipe: Recipe, *, fresh: bool = False) -> dict[str, Any]:
     """Data, training, evaluation: the whole of a recipe."""
+    if recipe.eval.engine != "local":
+        raise RecipeError(
+            f"eval.engine: {recipe.eval.engine} runs exported models. Train first, then `memreason export` and "
+            f"`memreason eval EXPORT --eval.engine {recipe.eval.engine}`",
+            "run",
+        )
     return evaluate(train(recipe, fresh=fresh), settings=recipe.eval)
 
 
 def dry_run(recipe: Recipe) -> None:
-    """Render three examples with the mask in colour and print what training would take; train nothing."""
-    ready, arguments = prepare(recipe, warn=note), training_arguments(recipe)
+    """Render three examples with the mask in colour and print what training would take here; train nothing."""
+    training_arguments(recipe)  # a wrong argument must show here too
+    ready = prepare(recipe, warn=note)
     for trace in ready.splits.train[:3]:
         console.print(coloured_mask(ready.codec, encode_trace(ready.codec, trace)), "")
-    rows, examples = ready.examples.rows, ready.examples
-    each = arguments.per_device_train_batch_size
-    per_step = each * arguments.gradient_accumulation_steps * PartialState().num_processes
-    epochs = -(-len(rows) // per_step) * arguments.num_train_epochs
-    steps = arguments.max_steps if arguments.max_steps > 0 else int(epochs)
-    model = trainable_model(recipe, ready.codec)
-    sizes = [(p.numel(), p.element_size(), p.requires_grad) for p in model.parameters()]
-    trained, longest = sum(count for count, _, grad in sizes if grad), int(rows.lengths.max())
-    figures(
-        recipe.name,
-        [
-            ("examples", f"{len(rows):,} ({examples.dropped} dropped, {examples.cut} cut)"),
-            ("validation", f"{len(ready.splits.validation):,}"),
-            ("tokens", f"{examples.tokens:,} (longest {longest})"),
-            ("steps", f"{steps:,} of {per_step} examples"),
-            ("trainable parameters", f"{trained:,} of {sum(count for count, _, _ in sizes):,}"),
-            ("memory, estimated", f"{_memory(model.config, sizes, each * longest) / 2**30:.1f} GiB at most"),
-        ],
-    )
-
-
-def _memory(config: Any, sizes: list[tuple[int, int, bool]], tokens: int) -> int:
-    """Bytes: weights, fp32 gradients and AdamW's two moments, activations kept for the backward pass (about 34 a
-    token, layer and channel), and fp32 logits with their gradient. `tokens` are those of the longest batch."""
-    weights = sum(count * size for count, size, _ in sizes)
-    optimiser = 12 * sum(count for count, _, grad in sizes if grad)
-    layers = int(config.num_hidden_layers) * int(config.hidden_size)
-    return weights + optimiser + tokens * (34 * layers + 8 * int(config.vocab_size))
+    print_estimate(estimate(recipe, ready=ready))

@@ -15,10 +15,7 @@ __all__ = ["apply_environment", "differences", "is_published", "of_evaluation", 
 LATER = {
     "step types": "clustered step types come with `memreason step-types`",
     "sparse": "sparse attention comes with the planning-token family",
-    "calculator": "the calculator comes with the planning-token family",
     "k-shot": "k-shot demonstrations come with the planning-token family",
-    "placement": "this placement comes with the planning-token family",
-    "hard": "hard prompts come with the planning-token family",
 }
 DATASETS = {
     **{name: name for name in ("gsm8k", "math", "aqua", "svamp", "qa")},
@@ -89,7 +86,7 @@ FLAGS: dict[str, tuple[str, Callable[[str], Any]]] = {
     "model_name_or_path": ("model.base", str),
     "hf_hub_token": ("env.HF_TOKEN", str),
     "add_soft_prompts": ("tokens.add", _bool),
-    "add_hard_prompts": ("", _off("hard")),
+    "add_hard_prompts": ("tokens.words", _if("Plan: {kind}.")),
     "parameter_efficient_mode": ("method.name", _choice(METHODS)),
     "num_general_prefix_tokens": ("tokens.n_prefix", int),
     "num_special_prefix_tokens": ("tokens.n_special", int),
@@ -97,10 +94,10 @@ FLAGS: dict[str, tuple[str, Callable[[str], Any]]] = {
     "num_plan_types": ("", int),  # clusters; kinds that are labelled need no number
     "embedding_model_name": ("", _nothing),  # model that is clustered; nothing is clustered here
     "only_at_front": ("tokens.placement", _if("only_at_front")),
-    "plan_first": ("", _off("placement")),
-    "plan_only": ("", _off("placement")),
+    "plan_first": ("tokens.placement", _if("plan_first")),
+    "plan_only": ("tokens.placement", _if("plan_only")),
     "use_sparse_attention": ("", _off("sparse")),
-    "use_calculator": ("", _off("calculator")),
+    "use_calculator": ("eval.calculator", _bool),
     "use_demonstrations": ("", _off("k-shot")),
     "k_shot": ("", int),  # counts only with use_demonstrations
     "demo_selection": ("", _nothing),

@@ -9,8 +9,10 @@ from typing import Any, NamedTuple
 
 from memreason.core.errors import RecipeError
 from memreason.verbs_data import DATA
-from memreason.verbs_inside import BASE, INSIDE, RUN, settings_of
+from memreason.verbs_inside import BASE, INSIDE, RAY, RUN, opened
 from memreason.verbs_label import LABEL
+from memreason.verbs_publish import PUBLISH
+from memreason.verbs_scale import SCALE
 
 __all__ = ["GROUPS", "VERBS", "Verb"]
 
@@ -71,15 +73,16 @@ def _eval(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
     fields, changes = of_evaluation(values, published=published)
     if arguments.task:
         fields["eval.task"] = arguments.task
+    if arguments.ray:
+        fields["eval.ray"] = arguments.ray
     from memreason import pipeline
-    from memreason.finetune.checkpoint import load_checkpoint
     from memreason.report.console import note
     from memreason.report.terminal import print_results, print_samples
 
-    loaded = load_checkpoint(path, base=base, **changes)
+    loaded, settings = opened(path, fields, base=base, **changes)
     for line in differences(values, loaded.recipe) if published else ():
         note(line)
-    results = pipeline.evaluate(path, settings=settings_of(loaded, fields), base=base, checkpoint=loaded, **changes)
+    results = pipeline.evaluate(path, settings=settings, base=base, checkpoint=loaded, **changes)
     print_samples(results, arguments.show)
     print_results(results)
 
@@ -128,6 +131,7 @@ VERBS = {
             "path": {"nargs": "?", **RUN},
             "--task": {"help": "another task, or a .jsonl file of own questions"},
             "--show": {"type": int, "default": 0, "metavar": "N", "help": "print N coloured traces"},
+            "--ray": RAY,
             "--base": BASE,
         },
         "--eval.n 100 --eval.batch_size 64",
@@ -157,5 +161,5 @@ VERBS = {
         },
     ),
 }
-VERBS |= {name: Verb(*row) for name, row in (INSIDE | LABEL | DATA).items()}
+VERBS |= {name: Verb(*row) for name, row in (INSIDE | LABEL | DATA | PUBLISH | SCALE).items()}
 GROUPS = {"data": "questions and traces", "models": "base models"}

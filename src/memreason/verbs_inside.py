@@ -9,21 +9,33 @@ from typing import Any
 from memreason.core.errors import RecipeError
 from memreason.verbs_label import TEACHER, teacher_fields
 
-__all__ = ["BASE", "INSIDE", "RUN", "settings_of"]
+__all__ = ["BASE", "INSIDE", "RAY", "RUN", "opened"]
 
 
-def settings_of(loaded: Any, fields: dict[str, Any]) -> Any:
-    """How the run was to be evaluated, with what is given now."""
+def opened(
+    path: str, fields: dict[str, Any], *, base: str | None = None, here: bool = False, **changes: Any
+) -> tuple[Any, Any]:
+    """A checkpoint, and how it is to be evaluated: as its run was to be, with what is given now.
+
+    Its weights are read where the engine needs them, or if they are needed `here` in any case.
+    """
     from memreason.core.recipe import load_recipe
+    from memreason.finetune.checkpoint import open_checkpoint, with_weights
 
-    trained = {f"eval.{key}": value for key, value in loaded.recipe.eval.model_dump().items()}
-    return load_recipe(None, {**trained, **fields}).eval
+    found = open_checkpoint(path, base=base, **changes)
+    trained = {f"eval.{key}": value for key, value in found.recipe.eval.model_dump().items()}
+    settings = load_recipe(None, {**trained, **fields}).eval
+    if here or (settings.engine == "local" and not settings.ray):
+        return with_weights(found, base=base, **changes), settings
+    if changes and settings.engine != "local":
+        named = ", ".join(f"model.{name}" for name in changes)
+        raise RecipeError(f"{named}: eval.engine {settings.engine} reads the weights as they were exported", "eval")
+    return found, settings
 
 
 def _faults(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
     from memreason import inside
     from memreason.core.labelling import load_label_recipe
-    from memreason.finetune.checkpoint import load_checkpoint
     from memreason.published import pairs
     from memreason.report.faults import print_faults
 
@@ -31,8 +43,8 @@ def _faults(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
     teaching += teacher_fields(arguments)
     if teaching and not arguments.teacher:
         raise RecipeError(f"{teaching[0][0]}: whom is that for? Give --judge MODEL", "faults")
-    loaded = load_checkpoint(arguments.path, base=arguments.base)
-    settings = settings_of(loaded, {name: value for name, value in pairs(rest) if not name.startswith("teacher.")})
+    fields = {name: value for name, value in _fields(arguments, rest).items() if not name.startswith("teacher.")}
+    loaded, settings = opened(arguments.path, fields, base=arguments.base)
     found = inside.faults(
         arguments.path,
         settings=settings,
@@ -67,7 +79,7 @@ def _attention(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
         raise RecipeError(f"--id {arguments.id} is a question already: leave out --question and --choice", "attention")
     if arguments.question or arguments.id:
         needs_matplotlib()  # before anything is computed
-    given, folder = _given(arguments, rest), Path(arguments.path) / "attention"
+    given, folder = _given(arguments, rest, here=True), Path(arguments.path) / "attention"
     if arguments.question or arguments.id:
         show_closeup(inside.closeup(arguments.path, **one, **maps, **given), folder)
     else:
@@ -88,13 +100,16 @@ def _retrieve(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
     print_curve(retrieval_curve(arguments.path, **_given(arguments, rest)))
 
 
-def _given(arguments: argparse.Namespace, rest: Sequence[str]) -> dict[str, Any]:
+def _given(arguments: argparse.Namespace, rest: Sequence[str], *, here: bool = False) -> dict[str, Any]:
     """The checkpoint, and how it is to be evaluated."""
-    from memreason.finetune.checkpoint import load_checkpoint
+    loaded, settings = opened(arguments.path, _fields(arguments, rest), base=arguments.base, here=here)
+    return {"settings": settings, "base": arguments.base, "checkpoint": loaded}
+
+
+def _fields(arguments: argparse.Namespace, rest: Sequence[str]) -> dict[str, Any]:
     from memreason.published import pairs
 
-    loaded = load_checkpoint(arguments.path, base=arguments.base)
-    return {"settings": settings_of(loaded, dict(pairs(rest))), "base": arguments.base, "checkpoint": loaded}
+    return dict(pairs(rest)) | ({"eval.ray": arguments.ray} if arguments.ray else {})
 
 
 def _serve(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
@@ -102,10 +117,7 @@ def _serve(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
     from memreason.published import pairs
 
     pages.needs_server()  # before anything is loaded
-    from memreason.finetune.checkpoint import load_checkpoint
-
-    loaded = load_checkpoint(arguments.path, base=arguments.base)
-    settings = settings_of(loaded, dict(pairs(rest)))
+    loaded, settings = opened(arguments.path, dict(pairs(rest)), base=arguments.base, here=True)
     at = {"host": arguments.host, "port": arguments.port, "limit": arguments.limit}
     pages.serve(arguments.path, settings=settings, checkpoint=loaded, **at)
 
@@ -121,6 +133,7 @@ def _report(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
 
 RUN = {"help": "run (its best checkpoint) or checkpoint"}
 BASE = {"metavar": "MODEL", "help": "base model, where it is not the recipe's"}
+RAY = {"metavar": "WORKERS", "help": "share the questions among so many workers on Ray: here, or at RAY_ADDRESS"}
 FIELDS = "--eval.n 100 --eval.batch_size 64"
 NUMBER = {"type": int, "action": "append", "default": [], "metavar": "N"}
 INSIDE: dict[str, tuple[Any, ...]] = {
@@ -136,6 +149,7 @@ INSIDE: dict[str, tuple[Any, ...]] = {
             },
             "--judge": {"dest": "teacher", "metavar": "MODEL", "help": "also let this model read every wrong trace"},
             **{flag: settings for flag, settings in TEACHER.items() if flag != "--teacher"},
+            "--ray": RAY,
             "--base": BASE,
         },
         f"{FIELDS} --teacher.max_tokens 4096",
@@ -143,7 +157,7 @@ INSIDE: dict[str, tuple[Any, ...]] = {
     "probe": (
         _probe,
         "whether blocks control what a line becomes, and whether answers follow the memory lines",
-        {"path": RUN, "--base": BASE},
+        {"path": RUN, "--ray": RAY, "--base": BASE},
         FIELDS,
     ),
     "attention": (
@@ -156,6 +170,7 @@ INSIDE: dict[str, tuple[Any, ...]] = {
             "--id": {"default": "", "help": "the same of a question that was evaluated, by its id"},
             "--layer": {**NUMBER, "help": "a picture of this layer (alone: mean over its heads); may be repeated"},
             "--head": {**NUMBER, "help": "a picture of this head (alone: of the last layer); may be repeated"},
+            "--ray": RAY,
             "--base": BASE,
         },
         FIELDS,
@@ -163,13 +178,13 @@ INSIDE: dict[str, tuple[Any, ...]] = {
     "calibrate": (
         _calibrate,
         "find the log-probability below which memory lines are worth looking up, on validation questions",
-        {"path": RUN, "--base": BASE},
+        {"path": RUN, "--ray": RAY, "--base": BASE},
         FIELDS,
     ),
     "retrieve": (
         _retrieve,
         "accuracy against the share of memory lines that are retrieved from a corpus, as a curve",
-        {"path": RUN, "--base": BASE},
+        {"path": RUN, "--ray": RAY, "--base": BASE},
         "--eval.corpus atlas --eval.n 100",
     ),
     "serve": (

@@ -7,6 +7,9 @@ MemreasonError
 ├── ModelError         a base model that cannot be found, read or used this way
 ├── CheckpointError    a checkpoint that is incomplete, foreign or does not fit
 ├── TeacherError       a teacher that refuses the key or the model, or does not answer
+├── EngineError        an engine that is not installed, or a server that does not answer as it should
+├── ProcessError       another process of the run has ended, and this one cannot go on alone
+├── ExportError        a checkpoint that cannot be exported this way, or whose export failed a check
 ├── RetrieverError     a corpus without passages, or a retrieval server that does not answer as it should
 └── StorageError       a file that cannot be written (full disk, permissions)
 """
@@ -16,8 +19,11 @@ from __future__ import annotations
 __all__ = [
     "CheckpointError",
     "DataError",
+    "EngineError",
+    "ExportError",
     "MemreasonError",
     "ModelError",
+    "ProcessError",
     "RecipeError",
     "RetrieverError",
     "StorageError",
@@ -59,6 +65,18 @@ class CheckpointError(MemreasonError):
 
 class TeacherError(MemreasonError):
     """A labelling run cannot go on: key or model refused, credit used up, or no endpoint answers."""
+
+
+class EngineError(MemreasonError):
+    """An engine that is not installed, or a server that serves another model or does not answer as it should."""
+
+
+class ProcessError(MemreasonError):
+    """A run of several processes has lost one of them."""
+
+
+class ExportError(MemreasonError):
+    """A checkpoint that cannot be exported this way, or whose export failed a check: nothing of it is left."""
 
 
 class RetrieverError(MemreasonError):

@@ -49,6 +49,7 @@ def training_argument_types() -> dict[str, Any]:
             simple = all(part in (*plain, "None") for part in parts)
             kind: Any = plain.get(parts[0], Any) if simple else Any
             types[node.target.id] = kind | None if simple and "None" in parts and len(parts) == 2 else kind
+    types["fsdp"] = bool | None  # a text there only so that old flags parse
     return types
 
 
@@ -73,21 +74,40 @@ class DataRecipe(Stage):
 
 class ModelRecipe(Stage):
     base: str = Field("smollm2-135m", description="built-in name, hub id, folder or GGUF file")
-    revision: str | None = Field(None, description="hub revision")
+    revision: str | None = Field(None, description="hub revision; a checkpoint's names the commit it was trained on")
+    fingerprint: str | None = Field(None, description="of a local base's files, checked when it is loaded")
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = Field("auto", description="of the base weights")
     quantize: Literal["8bit", "4bit"] | None = Field(None, description="through bitsandbytes")
+    unsafe_weights: bool = Field(False, description="load pickled weights where there are none in safetensors")
     trust_remote_code: bool = Field(False, description="run code that comes with a hub model")
+    untie: bool = Field(False, description="give a head that is tied to the embedding a matrix of its own")
     random_initialize: bool = Field(False, description="train from scratch")
-    offload: bool = Field(False, description="layers that do not fit the GPU go to the CPU")
+    offload: bool | dict[str, str] = Field(
+        False,
+        description="layers that do not fit the GPUs wait in memory, then on disk; a mapping says how much of each "
+        "device may be used, as {'0': 20GiB, cpu: 60GiB}",
+    )
 
 
 class TokensRecipe(Stage):
     n_prefix: int = Field(1, ge=0, le=64, description="planning tokens that open every line")
     n_special: int = Field(2, ge=0, le=64, description="planning tokens per kind")
     kinds: list[str] = Field(["reason", "memory"], description="kinds of lines")
-    placement: Literal["each_step", "only_at_front"] = Field("each_step", description="where blocks stand")
+    placement: Literal["each_step", "only_at_front", "plan_first", "plan_only"] = Field(
+        "each_step", description="where blocks stand: plan_first has all before the lines, plan_only no lines"
+    )
     template: Literal["plain", "alpaca"] = Field("plain", description="text around the question")
     add: bool = Field(True, description="False: no planning tokens at all")
+    words: str = Field("", description="plain text that names a line's kinds instead of tokens, e.g. '{kind}:'")
+
+    @model_validator(mode="after")
+    def check_blocks(self) -> TokensRecipe:
+        if self.words and "{kind}" not in self.words:
+            raise ValueError(f"tokens.words: {{kind}} must stand in it, as in '{{kind}}:', got {self.words!r}")
+        both = self.add and self.n_prefix and self.n_special and self.kinds
+        if self.placement.startswith("plan") and not both:
+            raise ValueError(f"tokens.placement: {self.placement} needs tokens of both sorts, n_prefix and n_special")
+        return self
 
 
 class MethodRecipe(Stage):
@@ -143,10 +163,15 @@ class EvalRecipe(Stage):
     top_p: float = Field(1.0, gt=0, le=1, description="for sampling")
     n_samples: int = Field(1, ge=1, description="traces per question")
     seed: int = Field(0, description="of sampling, and of the draw of questions")
+    calculator: bool = Field(False, description="complete GSM8K's <<48/2= while generating")
     engine: Literal["local", "vllm", "openai"] = Field(
         "local", description="what generates: here, or for an exported model vLLM or any OpenAI-compatible server"
     )
     base_url: str | None = Field(None, description="of the server, e.g. http://127.0.0.1:8000/v1")
+    served_model: str | None = Field(None, description="the model's name there (None: the only one that it serves)")
+    ray: int | None = Field(
+        None, ge=1, description="workers on Ray that share the questions (None: this process alone)"
+    )
     memory: Literal["recall", "retrieve", "retrieve-when-unsure"] = Field(
         "recall",
         description="where memory lines come from: the model alone, or a corpus in place of all or of unsure ones",
@@ -166,6 +191,18 @@ class EvalRecipe(Stage):
     def check_corpus(self) -> EvalRecipe:
         if self.memory != "recall" and not self.corpus:
             raise ValueError(f"eval.corpus: eval.memory {self.memory} needs one, e.g. atlas or FILE.jsonl")
+        return self
+
+    @model_validator(mode="after")
+    def check_engine(self) -> EvalRecipe:
+        if self.memory != "recall" and self.engine != "local":
+            raise ValueError(f"eval.engine: {self.engine} does not stop at memory lines; eval.memory needs local")
+        if self.calculator and self.engine != "local":
+            raise ValueError(f"eval.engine: {self.engine} cannot be given results; eval.calculator needs local")
+        if self.engine == "openai" and not self.base_url:
+            raise ValueError("eval.base_url: eval.engine openai needs one, e.g. http://127.0.0.1:8000/v1")
+        if self.engine != "openai" and (self.base_url or self.served_model):
+            raise ValueError("eval.base_url, eval.served_model: they are for eval.engine openai")
         return self
 
 
@@ -265,9 +302,10 @@ def _number(value: Any) -> Any:
     if not isinstance(value, str):
         return value
     try:
-        return yaml.load(value, _Loader)
+        read = yaml.load(value, _Loader)
     except yaml.YAMLError:
         return value
+    return value if isinstance(read, dict) and not value.lstrip().startswith("{") else read  # "Memory:" is a text
 
 
 def _put(values: dict[str, Any], path: list[str], value: Any, key: str) -> list[str]:

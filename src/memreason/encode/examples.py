@@ -26,6 +26,7 @@ __all__ = [
     "coloured_mask",
     "encode_trace",
     "encode_traces",
+    "first_rows",
     "pack",
     "pack_stream",
     "split_packed",
@@ -162,6 +163,17 @@ def split_packed(batch: Mapping[str, torch.Tensor], limit: int) -> list[dict[str
         pieces.append({**piece, "cu_seq_lens_q": batch["cu_seq_lens_q"][first : last + 1] - start})
         first = last
     return pieces
+
+
+def first_rows(batch: Mapping[str, torch.Tensor], count: int) -> dict[str, torch.Tensor]:
+    """A batch, packed or padded, of which only the first rows are supervised."""
+    kept = dict(batch)
+    for name in ("labels", "shift_labels"):
+        ends = batch.get("cu_seq_lens_q")
+        dim, start = (0, count) if ends is None else (1, int(ends[min(count, len(ends) - 1)]))
+        kept[name] = batch[name].clone()
+        kept[name].narrow(dim, min(start, kept[name].shape[dim]), max(0, kept[name].shape[dim] - start)).fill_(IGNORED)
+    return kept
 
 
 def coloured_mask(codec: Codec, row: Example) -> Text:

@@ -14,11 +14,13 @@ from memreason.core.errors import CheckpointError
 from memreason.core.files import read_json, write_json
 from memreason.core.trace import ASSIGNMENT, LETTERS, MEMORY, REASON, Question
 
-__all__ = ["ANSWER", "PREFIX", "SCHEME_FILE", "TokenScheme"]
+__all__ = ["ANSWER", "PLANS", "PREFIX", "SCHEME_FILE", "TokenScheme"]
 
 SCHEME_FILE = "token_scheme.json"
 PREFIX = "prefix"
 ANSWER = "answer"
+PLANS = ("plan_first", "plan_only")  # placements whose blocks all stand in front
+NAMES = {"+": "addition", "-": "subtraction", "*": "multiplication", "/": "division"}  # as words
 
 
 @dataclass(frozen=True)
@@ -26,8 +28,10 @@ class TokenScheme:
     """Which blocks exist, how many tokens each has, where they stand, and the texts around them.
 
     `n_prefix` tokens open every line, `n_special` tokens name each of its kinds. With both at zero
-    no token is added and a line is parsed by its line break. `noise_seed` makes the first values of
-    the new rows reproducible, so that a checkpoint need not carry rows that were never trained.
+    no token is added and a line is parsed by its line break; `words`, such as "{kind}:", may then name its kinds in
+    plain text, which every line begins with. `noise_seed` makes the first values of
+    the new rows reproducible, so that a checkpoint need not carry rows that were never trained. `row_bias`, for each
+    token what the head adds to its logit, is only there in imported checkpoints.
     """
 
     n_prefix: int = 1
@@ -37,16 +41,19 @@ class TokenScheme:
     question_template: str = "Question: {question}{choices}\n"
     choice_template: str = " {letter}. {choice}"
     block_separator: str = ""
+    line_opening: str = " "
     line_ending: str = "\n"
     answer_template: str = " The answer is: {answer}"
+    words: str = ""
     noise_seed: int = 0
     tokenizer: str = ""
+    row_bias: tuple[float, ...] = ()
 
     @property
     def blocks(self) -> dict[str, tuple[str, ...]]:
         """Block name -> its tokens, in the order of the published rows (prefix, answer, assignment, kinds)."""
         named = {PREFIX: self.n_prefix}
-        if self.placement == "each_step":
+        if self.placement != "only_at_front":
             named |= dict.fromkeys((ANSWER, ASSIGNMENT, *self.kinds), self.n_special)
         return {name: tuple(f"<{name}_{i}>" for i in range(count)) for name, count in named.items() if count}
 
@@ -67,6 +74,34 @@ class TokenScheme:
     def _question_parts(self) -> list[str]:
         return re.split(r"(\{question\}|\{choices\})", self.question_template)
 
+    def line_text(self, text: str) -> str:
+        """A line as it stands behind its blocks."""
+        return self.line_opening + text + self.line_ending
+
+    def words_of(self, kinds: tuple[str, ...]) -> str:
+        """What names a line's kinds in plain text: "Memory:"."""
+        named = self.words.replace("{kind}", " and ".join(NAMES.get(kind, kind) for kind in kinds))
+        return named[:1].upper() + named[1:]
+
+    def without_words(self, line: str) -> tuple[tuple[str, ...], str]:
+        """The kinds that a line's first words name, and its text behind them."""
+        found = self._words.match(line) if self.words else None
+        if not found:
+            return (), line
+        kinds = {NAMES.get(kind, kind): kind for kind in self.kinds}
+        return tuple(kinds[name] for name in found[1].lower().split(" and ")), line[found.end() :].strip()
+
+    @cached_property
+    def _words(self) -> re.Pattern[str]:
+        name = "(?:" + "|".join(re.escape(NAMES.get(kind, kind)) for kind in self.kinds) + ")"
+        before, _, behind = self.words.partition("{kind}")
+        return re.compile(f"{re.escape(before)}({name}(?: and {name})*){re.escape(behind)}", re.IGNORECASE)
+
+    @property
+    def answer_lead(self) -> str:
+        """The phrase that an answer line begins with."""
+        return self.answer_template.split("{answer}")[0].strip()
+
     def save(self, folder: Path) -> None:
         write_json(folder / SCHEME_FILE, asdict(self))
 
@@ -80,6 +115,7 @@ class TokenScheme:
             )
         try:
             values = read_json(path)
-            return cls(**{**values, "kinds": tuple(values["kinds"])})
+            lists = {name: tuple(values.get(name, ())) for name in ("kinds", "row_bias")}
+            return cls(**{**values, **lists})
         except (TypeError, KeyError) as error:
             raise CheckpointError(f"{path}: not a token scheme of this version ({error})") from error

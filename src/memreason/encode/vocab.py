@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from tokenizers import AddedToken
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from memreason.core.errors import ModelError
@@ -14,7 +15,7 @@ from memreason.encode.base import bare_tokenizer, text_fingerprint
 from memreason.encode.codec import Codec
 from memreason.encode.scheme import TokenScheme
 
-__all__ = ["add_rows", "add_tokens"]
+__all__ = ["add_rows", "add_tokens", "bias_rows"]
 
 NOISE = 0.1  # of the spread of the word's rows: tokens of one block must differ, and still mean the word
 
@@ -61,3 +62,19 @@ def add_rows(model: PreTrainedModel, codec: Codec) -> None:
                 matrix[block] = (base + NOISE * spread * noise).to(matrix)
         if head is not None and getattr(head, "bias", None) is not None:
             head.bias[ids] = 0.0  # the published code left random values here
+    bias_rows(model, codec)
+
+
+def bias_rows(model: Any, codec: Codec) -> None:
+    """Let the head add the scheme's `row_bias` to the logits of the new tokens, in place, if it has one.
+
+    A head without a bias gets one, which plain Transformers knows nothing of: `merge` hands it over.
+    """
+    if not codec.scheme.row_bias:
+        return
+    head, ids = model.get_output_embeddings(), [i for block in codec.blocks.values() for i in block]
+    if head.bias is None:
+        head.bias = nn.Parameter(head.weight.new_zeros(len(head.weight)), requires_grad=False)
+    with torch.no_grad():
+        head.bias[ids] = torch.tensor(codec.scheme.row_bias).to(head.bias)
+    model.generation_config.sequence_bias = None  # of a merged model: it would count twice

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface
 
-__all__ = ["PACKED", "attending", "packed_attention", "packs"]
+__all__ = ["PACKED", "attending", "may_pack", "packed_attention", "packs"]
 
 PACKED = "memreason_packed"
 BLOCK = 192
@@ -117,15 +117,20 @@ def _interface(
 AttentionInterface.register(PACKED, _interface)
 
 
+def may_pack(model: Any) -> bool:
+    """Whether nothing in a model's configuration speaks against packing."""
+    config = model.config
+    windows = [value for name in ("sliding_window", "attention_chunk_size") if (value := getattr(config, name, None))]
+    dropped = any(getattr(config, name, 0.0) for name in ("attention_dropout", "attn_pdrop"))
+    return bool(getattr(model, "_supports_attention_backend", False)) and not windows and not dropped
+
+
 def packs(model: Any) -> bool:
     """Whether two short traces packed give this model's logits of each alone, tried on it.
 
     Not so where attention is no function of Transformers' table, or more than scores, mask and softmax.
     """
-    config = model.config
-    windows = [value for name in ("sliding_window", "attention_chunk_size") if (value := getattr(config, name, None))]
-    dropped = any(getattr(config, name, 0.0) for name in ("attention_dropout", "attn_pdrop"))
-    if not getattr(model, "_supports_attention_backend", False) or windows or dropped:
+    if not may_pack(model):
         return False
     size = model.get_input_embeddings().weight.shape[0]
     ids = torch.arange(size // 4, size // 2, max(1, size // 24), device=model.device)[:6]

@@ -79,9 +79,10 @@ def takes_hidden_states(model: Any) -> bool:
 
 def chunked_loss(hidden: Tensor, labels: Tensor, head: Head) -> Tensor:
     """Summed cross-entropy in fp32. hidden: (positions, width); labels: (positions,), none of them masked."""
-    loss: Tensor = _ChunkedLoss.apply(  # type: ignore[no-untyped-call]
-        hidden, labels, head.weight, head.bias, head.ids, head.rows
-    )
+    with torch.autocast(hidden.device.type, enabled=False):  # over a quantised base the head is fp32: no mixture then
+        loss: Tensor = _ChunkedLoss.apply(  # type: ignore[no-untyped-call]
+            hidden, labels, head.weight, head.bias, head.ids, head.rows
+        )
     return loss
 
 

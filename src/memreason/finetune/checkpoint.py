@@ -6,25 +6,30 @@ import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
 from safetensors import SafetensorError
-from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from memreason.core.errors import CheckpointError
 from memreason.core.files import write_text
-from memreason.core.recipe import Recipe, load_recipe
-from memreason.encode.base import bare_tokenizer, load_model, load_tokenizer, pick_dtype, text_fingerprint
+from memreason.core.recipe import EvalRecipe, Recipe, load_recipe
+from memreason.encode.base import bare_tokenizer, load_config, load_model, load_tokenizer, pick_dtype, text_fingerprint
 from memreason.encode.codec import Codec
 from memreason.encode.scheme import SCHEME_FILE, TokenScheme
-from memreason.encode.vocab import add_rows
+from memreason.encode.vocab import add_rows, bias_rows
 from memreason.fast.rows import rows_beside
+from memreason.finetune.spread import spread
 
-__all__ = ["Checkpoint", "checkpoints_in", "load_checkpoint", "resolve", "save_checkpoint"]
+__all__ = [
+    "Checkpoint", "Elsewhere", "checkpoint_for", "checkpoints_in", "load_checkpoint", "open_checkpoint", "resolve",
+    "save_checkpoint", "with_weights",
+]  # fmt: skip
 
 ADAPTER = "adapter_config.json"
 
@@ -39,14 +44,37 @@ class Checkpoint:
     recipe: Recipe
 
 
-def save_checkpoint(folder: Path, model: Any, codec: Codec, recipe: Recipe) -> None:
-    """Write a checkpoint: adapters in safetensors without the embedding, or the whole model after full training."""
+class Elsewhere(nn.Module):
+    """Stands for a model whose weights another engine holds: it has none, only a folder and a configuration.
+
+    `changes` are the arguments of load_checkpoint that read it as it is meant."""
+
+    def __init__(self, folder: Path, base: str, changes: dict[str, Any]) -> None:
+        super().__init__()
+        self.name_or_path, self.base, self.changes = str(folder), base, changes
+
+    @cached_property
+    def config(self) -> Any:
+        """Raises CheckpointError, or ModelError where an adapter's base cannot be found."""
+        folder = Path(self.name_or_path)
+        if (folder / ADAPTER).is_file():
+            return load_config(self.base)
+        with _readable(folder, "its configuration cannot be read"):
+            return AutoConfig.from_pretrained(folder)
+
+
+def save_checkpoint(
+    folder: Path, model: Any, codec: Codec, recipe: Recipe, state: dict[str, Tensor] | None = None
+) -> None:
+    """Write a checkpoint: adapters in safetensors without the embedding, or the whole model after full training.
+
+    `state` stands in for the model's own weights where it holds but a share of them."""
     folder.mkdir(parents=True, exist_ok=True)
     if isinstance(model, PeftModel):
-        model.save_pretrained(str(folder), save_embedding_layers=False, safe_serialization=True)
+        model.save_pretrained(str(folder), save_embedding_layers=False, state_dict=state)
         (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
     else:
-        model.save_pretrained(folder)
+        model.save_pretrained(folder, state_dict=state)
     codec.tokenizer.save_pretrained(folder)
     codec.scheme.save(folder)
     write_text(folder / "recipe.yaml", recipe.to_yaml())
@@ -81,23 +109,54 @@ def load_checkpoint(path: Path | str, *, base: str | None = None, **model_change
 
     Raises CheckpointError for a missing or foreign scheme and for a base model of another shape.
     """
+    return with_weights(open_checkpoint(path, base=base), base=base, **model_changes)
+
+
+def open_checkpoint(path: Path | str, *, base: str | None = None, **model_changes: Any) -> Checkpoint:
+    """The same without weights, which another engine holds. Raises CheckpointError for its scheme or tokenizer."""
     folder = resolve(path)
     scheme = TokenScheme.load(folder)
     recipe = load_recipe(folder / "recipe.yaml")
-    codec = Codec(scheme, _tokenizer(folder))
-    settings = recipe.model.model_copy(update=model_changes | ({"base": base} if base else {}))
+    model = Elsewhere(folder, base or recipe.model.base, {"base": base, **model_changes})
+    return Checkpoint(folder, model, Codec(scheme, _tokenizer(folder)), recipe)
+
+
+def checkpoint_for(
+    settings: EvalRecipe | None, path: Path | str, *, base: str | None = None, **model_changes: Any
+) -> Checkpoint:
+    """A checkpoint to evaluate: with weights if the engine of the settings (None: those of its recipe) needs them."""
+    opened = open_checkpoint(path, base=base, **model_changes)
+    used = settings or opened.recipe.eval
+    here = used.engine == "local" and not used.ray
+    return with_weights(opened, base=base, **model_changes) if here else opened
+
+
+def with_weights(opened: Checkpoint, *, base: str | None = None, **model_changes: Any) -> Checkpoint:
+    """Read the weights of an opened checkpoint. Raises CheckpointError for a base model of another shape."""
+    folder, codec, recipe = opened.folder, opened.codec, opened.recipe
+    named = {"base": base, "revision": None, "fingerprint": None} if base else {}
+    settings = recipe.model.model_copy(update=model_changes | named)
     if not (folder / ADAPTER).is_file():
         with _readable(folder, "its weights cannot be read"):
-            model = AutoModelForCausalLM.from_pretrained(folder, dtype=pick_dtype(settings.dtype)).eval()
-        return Checkpoint(folder, model, codec, recipe)
+            weights = {"dtype": pick_dtype(settings.dtype), "use_safetensors": True}
+            model: Any = AutoModelForCausalLM.from_pretrained(folder, **weights).eval()
+        bias_rows(model, codec)
+        return _placed(opened, model, settings.offload)
     if base:
-        _check_tokenizer(base, folder, recipe, scheme)
-    loaded = load_model(**settings.model_dump(), seed=recipe.seed)
+        _check_tokenizer(base, folder, recipe, codec.scheme)
+    early = bool(settings.offload and settings.quantize)  # bitsandbytes quantises onto devices; else it comes last
+    loaded = load_model(**settings.model_dump() | {"offload": early}, seed=recipe.seed)
     add_rows(loaded, codec)
     with _readable(folder, f"adapter_model.safetensors is broken or does not fit the base model {settings.base}"):
         adapted = PeftModel.from_pretrained(loaded, str(folder)).eval()
     rows_beside(adapted)
-    return Checkpoint(folder, adapted, codec, recipe)
+    return _placed(opened, adapted, not early and settings.offload)
+
+
+def _placed(opened: Checkpoint, model: Any, offload: bool | dict[str, str]) -> Checkpoint:
+    if offload:
+        spread(model, offload)
+    return replace(opened, model=model)
 
 
 @contextmanager

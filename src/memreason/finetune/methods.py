@@ -27,7 +27,7 @@ from memreason.encode.codec import Codec
 from memreason.encode.scheme import PREFIX
 from memreason.fast.rows import row_layers, rows_beside
 
-__all__ = ["is_adapted", "lora_modules", "merged", "network_of", "trainable"]
+__all__ = ["is_adapted", "lora_modules", "merged", "network_of", "row_indices", "trainable"]
 
 LORA_MODULES = {
     "mlp": ["gate_proj", "up_proj", "down_proj"],
@@ -64,7 +64,7 @@ def trainable(model: Any, codec: Codec, method: MethodRecipe, *, checkpointing: 
     return adapted
 
 
-def _row_indices(model: PreTrainedModel, codec: Codec) -> dict[str, list[int]]:
+def row_indices(model: PreTrainedModel, codec: Codec) -> dict[str, list[int]]:
     """{input layer: ids, output layer: ids}: a bare list would leave an untied head untrained."""
     ids = [i for block in codec.blocks.values() for i in block]
     names = {id(module): name.rsplit(".", 1)[-1] for name, module in model.named_modules()}
@@ -87,7 +87,7 @@ def _lora(model: PreTrainedModel, codec: Codec, method: MethodRecipe, *, rows: b
         lora_alpha=method.lora_alpha,
         lora_dropout=method.lora_dropout,
         target_modules=lora_modules(method),
-        trainable_token_indices=_row_indices(model, codec) if rows and codec.blocks else None,
+        trainable_token_indices=row_indices(model, codec) if rows and codec.blocks else None,
         task_type="CAUSAL_LM",
     )
 
@@ -103,7 +103,7 @@ def _rows(model: PreTrainedModel, codec: Codec, method: MethodRecipe) -> Any:
             prompt_tuning_init_text=PREFIX,
             tokenizer_name_or_path=model.config._name_or_path,
         )
-    layers = _row_indices(model, codec)  # tied or not, both layers hold the same ids
+    layers = row_indices(model, codec)  # tied or not, both layers hold the same ids
     ids = next(iter(layers.values()))
     return TrainableTokensConfig(token_indices=ids, target_modules=list(layers), task_type="CAUSAL_LM")
 

@@ -9,14 +9,14 @@ from typing import Any
 
 from memreason.core.recipe import Recipe
 from memreason.data.tasks import TASKS, Splits, load_splits
-from memreason.encode.base import load_model, load_tokenizer
+from memreason.encode.base import identity, load_model, load_tokenizer
 from memreason.encode.codec import Codec
 from memreason.encode.examples import Examples, encode_traces
 from memreason.encode.scheme import TokenScheme
 from memreason.encode.vocab import add_rows, add_tokens
 from memreason.finetune.methods import trainable
 
-__all__ = ["Prepared", "prepare", "trainable_model"]
+__all__ = ["Prepared", "pinned", "prepare", "scheme_of", "trainable_model"]
 
 log = logging.getLogger("memreason")
 ALPACA = (
@@ -38,23 +38,37 @@ def prepare(recipe: Recipe, *, warn: Callable[[str], None] = log.warning) -> Pre
     splits = load_splits(recipe.data, warn=warn)
     settings = recipe.model
     tokenizer = load_tokenizer(settings.base, revision=settings.revision, trust_remote_code=settings.trust_remote_code)
-    codec = add_tokens(_scheme(recipe), tokenizer)
+    codec = add_tokens(scheme_of(recipe), tokenizer)
     examples = encode_traces(codec, splits.train, recipe.train.model_max_length, cut=recipe.train.cut)
     if examples.dropped or examples.cut:
         warn(f"{examples.dropped} traces dropped, {examples.cut} cut: over {recipe.train.model_max_length} tokens")
     return Prepared(splits, codec, examples)
 
 
-def _scheme(recipe: Recipe) -> TokenScheme:
+def pinned(recipe: Recipe, known: dict[str, Any]) -> Recipe:
+    """The recipe with the commit or the fingerprint of its base model, as its checkpoints keep it.
+
+    `known` is the manifest of a run that is gone on with, whose base must stay what it was. A fingerprint that the
+    recipe names already is the one that is wanted.
+    """
+    model = recipe.model
+    found = known if known.get("base") == model.base else identity(model.base, model.revision)
+    update = {"revision": found["revision"], "fingerprint": model.fingerprint or found.get("fingerprint")}
+    return recipe.model_copy(update={"model": model.model_copy(update=update)})
+
+
+def scheme_of(recipe: Recipe) -> TokenScheme:
     """The token scheme that a recipe asks for, with its task's way of printing questions."""
     tokens, task = recipe.tokens, TASKS.get(recipe.data.task, TASKS["atlas"])
+    blocks = tokens.add and not tokens.words
     return TokenScheme(
-        n_prefix=tokens.n_prefix if tokens.add else 0,
-        n_special=tokens.n_special if tokens.add and tokens.kinds else 0,
+        n_prefix=tokens.n_prefix if blocks else 0,
+        n_special=tokens.n_special if blocks and tokens.kinds else 0,
         kinds=tuple(tokens.kinds),
         placement=tokens.placement,
         question_template=ALPACA if tokens.template == "alpaca" else task.question_template,
         choice_template=task.choice_template,
+        words=tokens.words,
         noise_seed=recipe.seed,
     )
 

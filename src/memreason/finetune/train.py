@@ -22,6 +22,7 @@ from memreason.encode.examples import Example, collate
 from memreason.fast.memory import keep_freed_memory
 from memreason.finetune.callbacks import Bar, StopCleanly
 from memreason.finetune.checkpoint import checkpoints_in
+from memreason.finetune.processes import check_same_folder, together
 from memreason.finetune.trainer import Evaluate, TraceTrainer, best_step, unanswered
 
 __all__ = ["train", "training_arguments"]
@@ -73,7 +74,8 @@ def train(
     """Train `model` (see methods.trainable) and write checkpoints into the run folder, resuming if there are some.
 
     Returns {"best": checkpoint name, "history": the Trainer's log, "metrics": speed and peak}. Raises
-    KeyboardInterrupt after a clean stop, StorageError if a checkpoint could not be written.
+    KeyboardInterrupt after a clean stop, StorageError if a checkpoint could not be written, ProcessError if another
+    process is lost.
     """
     keep_freed_memory()
     arguments = training_arguments(recipe)
@@ -100,7 +102,8 @@ def train(
     # Without the optimizer's state (save_only_model) the Trainer would go on, silently on another curve.
     earlier = [c for c in checkpoints_in(recipe.folder) if (c / "optimizer.pt").is_file()][-1:]
     arguments.eval_on_start = arguments.eval_strategy == "epoch" and any(map(unanswered, earlier))
-    with stop.listening():
+    check_same_folder(recipe.folder, earlier[0] if earlier else None)
+    with stop.listening(), together():
         done = trainer.train(resume_from_checkpoint=str(earlier[0]) if earlier else None)
     if stop.stopped:
         raise KeyboardInterrupt

@@ -12,26 +12,27 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import Trainer, TrainingArguments
+from transformers import TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
 from memreason.core.files import read_json, writing
 from memreason.core.recipe import Recipe
 from memreason.encode.codec import Codec
-from memreason.encode.examples import pack, split_packed
+from memreason.encode.examples import first_rows, pack, split_packed
 from memreason.encode.pieces import IGNORED
 from memreason.fast.attention import PACKED, attending, packs
 from memreason.fast.compiling import compile_layers, compiling, pays
 from memreason.fast.loss import chunked_loss, head_of, headless, takes_hidden_states
 from memreason.finetune.checkpoint import checkpoints_in, save_checkpoint
 from memreason.finetune.methods import network_of
+from memreason.finetune.sharded import ShardedTrainer, check_shardable, is_sharded, trained_weights, unsharded
 
 __all__ = ["Evaluate", "TraceTrainer", "best_step", "unanswered"]
 
 Evaluate = Callable[[nn.Module], dict[str, float]]
 
 
-class TraceTrainer(Trainer):
+class TraceTrainer(ShardedTrainer):
     """Trainer on packed traces where the model allows it (see the room `fast`), with atomic checkpoints, and accuracy
     as its metric."""
 
@@ -43,7 +44,11 @@ class TraceTrainer(Trainer):
         # PEFT puts virtual prompt tokens in front of the inputs, so that columns move to the right.
         self.virtual = learnt.num_virtual_tokens if learnt is not None and learnt.peft_type == "PROMPT_TUNING" else 0
         network = network_of(arguments["model"])
-        self.packed = not (learnt is not None and learnt.is_prompt_learning) and _packed(network)
+        # On a CPU; a GPU without FlashAttention is as fast with padded batches.
+        on_cpu = self.args.device.type == "cpu"
+        self.packed = on_cpu and not (learnt is not None and learnt.is_prompt_learning) and packs(network)
+        if self.is_fsdp_enabled:
+            check_shardable(self.accelerator.state.fsdp_plugin, arguments["model"])
         sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled  # a head's matrix is whole inside the model alone
         self.headless = not sharded and takes_hidden_states(network)
         self.layers: dict[Any, Any] = {}  # compiled decoder layers, if that pays
@@ -53,6 +58,19 @@ class TraceTrainer(Trainer):
             if wanted is None:
                 wanted = not self.args.gradient_checkpointing and pays(_tokens_ahead(self.args, self.train_dataset))
             self.layers = compile_layers(network) if wanted else {}
+
+    def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
+        return super().get_batch_samples(map(self._once, epoch_iterator), num_batches, device)
+
+    def _once(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """An epoch that the processes cannot share out evenly is filled up with its first examples: these teach nothing
+        a second time."""
+        each, processes = self.args.per_device_train_batch_size, self.accelerator.num_processes
+        left = len(self.train_dataset) % (each * processes)  # Accelerate's own figure is wrong behind a resume
+        last = self.accelerator.gradient_state.end_of_dataloader and not self.args.dataloader_drop_last
+        if processes == 1 or not left or not last:
+            return batch
+        return first_rows(batch, max(0, left - self.accelerator.process_index * each))
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
@@ -100,15 +118,18 @@ class TraceTrainer(Trainer):
             self._save_checkpoint(self.model, None)
         model = self.accelerator.unwrap_model(self.model)
         training = model.training
-        metrics = self.answer(model)
+        with unsharded(model):
+            metrics = self.answer(model)
         model.train(training)
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         model = self.accelerator.unwrap_model(self.model)
-        save_checkpoint(Path(output_dir or str(self.args.output_dir)), model, self.codec, self.recipe)
+        state = trained_weights(model) if is_sharded(model) else None
+        if self.args.should_save:
+            save_checkpoint(Path(output_dir or str(self.args.output_dir)), model, self.codec, self.recipe, state)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Write aside, then rename: a kill never leaves half a checkpoint under its final name."""
@@ -155,13 +176,6 @@ def _tokens_ahead(arguments: TrainingArguments, examples: Any) -> int:
     a_step = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps
     seen = arguments.max_steps * a_step if arguments.max_steps > 0 else arguments.num_train_epochs * len(examples)
     return int(seen * sum(first) / len(first))
-
-
-def _packed(network: Any) -> bool:
-    """Whether traces are packed: on a CPU; a GPU without FlashAttention is as fast with padded batches."""
-    if network.device.type != "cpu":
-        return False
-    return packs(network)
 
 
 @contextmanager

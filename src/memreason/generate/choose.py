@@ -72,7 +72,7 @@ def drafts_of(codec: Codec) -> dict[int, list[int]]:
     drafts: dict[int, list[int]] = {}
     for name in codec.blocks:
         ids = [*codec.block(name)]
-        if name == ANSWER:
+        if name == ANSWER and scheme.placement != "plan_first":
             ids += codec.encode(scheme.answer_template.split("{answer}")[0].rstrip())
         drafts |= {token: ids[n + 1 :] for n, token in enumerate(ids) if token in codec.blocks[name] and ids[n + 1 :]}
     opening = list(codec.block(PREFIX))  # not codec.opening(), which is empty where a prompt holds it already

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,13 +16,27 @@ COHORTS = "memreason_cohorts"  # the name of our attention in Transformers' tabl
 GROWTH = 32  # positions by which a cohort's memory grows
 
 
+class Places(NamedTuple):
+    """Where the pending tokens of a pass stand, each (tokens,): row, place in the row's queries, position; which are
+    the first of their row and which others; which rows have others, and to which of these each other belongs."""
+
+    row: Tensor
+    place: Tensor
+    position: Tensor
+    firsts: Tensor
+    others: Tensor
+    longer: Tensor
+    owner: Tensor
+
+
 class Cohort:
     """Rows that started together, and their keys and values: for each layer (rows, groups, positions, width)."""
 
     def __init__(self, rows: list[Row], device: torch.device) -> None:
         self.rows, self.device, self.room = rows, device, 0
         self.memory: dict[int, tuple[Tensor, Tensor]] = {}
-        self.masks: dict[int | None, Tensor] = {}
+        self.masks: dict[tuple[int | None, torch.device], Tensor] = {}
+        self.there: dict[torch.device, Places] = {}
         self.plan()
 
     def plan(self) -> None:
@@ -32,30 +46,38 @@ class Cohort:
         length = max(row.fed + count for row, count in zip(self.rows, counts, strict=True))
         self.room = max(self.room, -(-length // GROWTH) * GROWTH)
         places = [(n, k, row.fed + k) for n, row in enumerate(self.rows) for k in range(counts[n])]
-        self.row, self.place, self.position = torch.tensor(places, device=self.device).unbind(dim=1)
-        self.firsts = (self.place == 0).nonzero().squeeze(1)
-        self.others = (self.place > 0).nonzero().squeeze(1)
-        self.longer = torch.tensor([n for n, count in enumerate(counts) if count > 1], device=self.device)
-        # of each other token: which of the longer rows it belongs to
-        self.owner = torch.searchsorted(self.longer, self.row[self.others])
+        row, place, position = torch.tensor(places, device=self.device).unbind(dim=1)
+        firsts, others = ((place == 0).nonzero().squeeze(1), (place > 0).nonzero().squeeze(1))
+        longer = torch.tensor([n for n, count in enumerate(counts) if count > 1], device=self.device)
+        owner = torch.searchsorted(longer, row[others])
+        self.there = {self.device: Places(row, place, position, firsts, others, longer, owner)}
+        self.position = position
         self.masks.clear()
+
+    def on(self, device: torch.device) -> Places:
+        """The places on the device of a layer, of which a model may have several."""
+        if device not in self.there:
+            self.there[device] = Places(*(tensor.to(device) for tensor in self.there[self.device]))
+        return self.there[device]
 
     def mask(self, window: int | None, like: Tensor) -> Tensor:
         """(rows, 1, queries, room): 0 for keys up to the query's own, inside the window if there is one."""
-        if window not in self.masks:
-            own = torch.zeros(len(self.rows), self.most, dtype=torch.long, device=self.device)
-            own[self.row, self.place] = self.position
-            behind = own[..., None] - torch.arange(self.room, device=self.device)
+        name = window, like.device
+        if name not in self.masks:
+            at = self.on(like.device)
+            own = torch.zeros(len(self.rows), self.most, dtype=torch.long, device=like.device)
+            own[at.row, at.place] = at.position
+            behind = own[..., None] - torch.arange(self.room, device=like.device)
             hidden = (behind < 0) if window is None else (behind < 0) | (behind >= window)
-            self.masks[window] = torch.zeros_like(behind, dtype=like.dtype).masked_fill_(hidden, -torch.inf)[:, None]
-        return self.masks[window]
+            self.masks[name] = torch.zeros_like(behind, dtype=like.dtype).masked_fill_(hidden, -torch.inf)[:, None]
+        return self.masks[name]
 
     def remember(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Put pending keys and values (tokens, groups, width) in place; return all: (rows, groups, room, width).
 
         All of the room, that is: a product with a part of it would copy that part first.
         """
-        rows, pending = len(self.rows), (key, value)
+        rows, pending, at = len(self.rows), (key, value), self.on(key.device)
         kept = self.memory.get(layer)
         room = kept[0].shape[2] if kept else 0
         if kept is None or room < self.room:
@@ -64,7 +86,7 @@ class Cohort:
                 new[:, :, :room] = old[:rows]
             kept = self.memory[layer] = (grown[0], grown[1])
         for tensor, new in zip(kept, pending, strict=True):
-            tensor[self.row, :, self.position] = new
+            tensor[at.row, :, at.position] = new
         return kept[0][:rows], kept[1][:rows]
 
     def leave(self, ended: set[int]) -> None:
@@ -87,15 +109,16 @@ def _attend(module: Any, query: Tensor, key: Tensor, value: Tensor, _mask: Any, 
     start = 0
     for cohort in settings["cohorts"]:
         own = slice(start, start := start + cohort.count)
+        at = cohort.on(query.device)
         keys, values = cohort.remember(module.layer_idx, key[own], value[own])
         mask, asked = cohort.mask(settings.get("sliding_window"), query), query[own]
         # Nearly every row has one token; a product over as many as the few longer ones have would be mostly padding.
-        found[own][cohort.firsts] = _weigh(asked[cohort.firsts][:, None], keys, values, mask[:, :, :1], cap)[:, 0]
+        found[own][at.firsts] = _weigh(asked[at.firsts][:, None], keys, values, mask[:, :, :1], cap)[:, 0]
         if cohort.most > 1:
-            padded = query.new_zeros(len(cohort.longer), cohort.most - 1, *query.shape[1:])
-            padded[cohort.owner, cohort.place[cohort.others] - 1] = asked[cohort.others]
-            weighed = _weigh(padded, keys[cohort.longer], values[cohort.longer], mask[cohort.longer, :, 1:], cap)
-            found[own][cohort.others] = weighed[cohort.owner, cohort.place[cohort.others] - 1]
+            padded = query.new_zeros(len(at.longer), cohort.most - 1, *query.shape[1:])
+            padded[at.owner, at.place[at.others] - 1] = asked[at.others]
+            weighed = _weigh(padded, keys[at.longer], values[at.longer], mask[at.longer, :, 1:], cap)
+            found[own][at.others] = weighed[at.owner, at.place[at.others] - 1]
     return found[None], None
 
 

@@ -22,16 +22,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from memreason.core.errors import ModelError
 from memreason.core.recipe import EvalRecipe
 from memreason.core.trace import Question
 from memreason.encode.codec import Codec
 from memreason.fast.attention import attending
 from memreason.fast.memory import keep_freed_memory
 from memreason.finetune.methods import is_adapted, merged, network_of
+from memreason.generate.calculator import calculator
 from memreason.generate.choose import Choose, chooser, drafts_of, take
 from memreason.generate.cohort import COHORTS, Cohort
 from memreason.generate.plain import generate_plainly
-from memreason.generate.rows import Row
+from memreason.generate.rows import Given, Row
 
 __all__ = ["decode"]
 
@@ -52,9 +54,12 @@ def decode(
     """
     keep_freed_memory()
     if not _feeds(network_of(model)):
+        if settings.calculator:
+            raise ModelError("eval.calculator: Transformers itself decodes this model, and cannot be given results")
         yield from generate_plainly(model, waiting, settings, codec.eos_id, more)
         return
     drafts, choose = drafts_of(codec), chooser(model, settings)
+    calculate = calculator(codec) if settings.calculator else None
     with merged(model), torch.inference_mode(), attending(model, COHORTS):
         network = _Network(model)
         cohorts: list[Cohort] = []
@@ -62,7 +67,7 @@ def decode(
             _admit(cohorts, waiting, settings.batch_size, network)
             ended: list[Row] = []
             for cohort, scores in zip(cohorts, network.scores(cohorts), strict=True):
-                ended += _advance(cohort, scores, choose, drafts, codec.eos_id)
+                ended += _advance(cohort, scores, choose, drafts, calculate, codec.eos_id)
             cohorts = [cohort for cohort in cohorts if cohort.rows]
             yield ended
 
@@ -99,8 +104,11 @@ def _admit(cohorts: list[Cohort], waiting: deque[Row], size: int, network: _Netw
         cohorts.append(network.cohort([waiting.popleft() for _ in range(min(free, len(waiting)))]))
 
 
-def _advance(cohort: Cohort, logits: Tensor, choose: Choose, drafts: dict[int, list[int]], eos: int) -> list[Row]:
-    """Take each row's next tokens from its logits (those after its last sure token and its drafted ones).
+def _advance(
+    cohort: Cohort, logits: Tensor, choose: Choose, drafts: dict[int, list[int]], calculate: Given | None, eos: int
+) -> list[Row]:
+    """Take each row's next tokens from its logits (those after its last sure token and its drafted ones), and behind
+    them what the calculator gives.
 
     Returns the rows that ended, which have left the cohort.
     """
@@ -112,17 +120,18 @@ def _advance(cohort: Cohort, logits: Tensor, choose: Choose, drafts: dict[int, l
     for number, row in enumerate(cohort.rows):
         sure = len(row.pending) - row.drafted
         draft, row.fed = row.pending[sure:], row.fed + sure
-        right = True  # everything drafted so far is what the model chose
+        right, given = True, 0  # everything drafted so far is what the model chose
         for k, one in enumerate([next(found) for _ in range(row.drafted + 1)]):
             if not right:
                 break
             row.take(one)
+            given = row.take_given(calculate, eos) if calculate else 0
             if row.ended(eos):
                 ended[number] = row
-            right = number not in ended and draft[k : k + 1] == [one.token]
+            right = number not in ended and not given and draft[k : k + 1] == [one.token]
             row.fed += right
         follow = drafts.get(row.ids[-1], [])[: row.limit - len(row.ids) - 1]
-        row.pending, row.drafted = [row.ids[-1], *follow], len(follow)
+        row.pending, row.drafted = [*row.ids[len(row.ids) - 1 - given :], *follow], len(follow)
     cohort.leave(set(ended))
     if cohort.rows:
         cohort.plan()

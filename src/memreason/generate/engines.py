@@ -9,19 +9,27 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Iterator, Sequence
+from importlib import import_module
 from typing import Any
 
 from memreason.core.recipe import EvalRecipe
 from memreason.core.trace import Question
 from memreason.encode.codec import Codec
 from memreason.generate.engine import decode
+from memreason.generate.on_ray import on_ray
 from memreason.generate.rows import Engine, Generation, Row, start
 
 __all__ = ["ENGINES", "generate"]
 
 log = logging.getLogger("memreason")
 
-ENGINES: dict[str, Engine] = {"local": decode}
+
+def _elsewhere(room: str) -> Engine:
+    """An engine whose library is imported only when it is used."""
+    return lambda *given: import_module(f"memreason.generate.{room}").complete(*given)  # type: ignore[no-any-return]
+
+
+ENGINES: dict[str, Engine] = {"local": decode, "openai": _elsewhere("server"), "vllm": _elsewhere("vllm")}
 
 
 def generate(
@@ -53,7 +61,8 @@ def generate(
         yield [row.generation(opening) for row in too_long]
     waiting = deque(sorted((row for row in rows if row.limit >= 1), key=lambda row: -len(row.pending)))
     finished: list[Row] = []
-    for ended in (engine or ENGINES[settings.engine])(model, codec, waiting, settings):
+    used = engine or ENGINES[settings.engine]
+    for ended in (on_ray(used) if settings.ray else used)(model, codec, waiting, settings):
         finished += ended
         if len(finished) * 4 >= settings.batch_size:
             yield [row.generation(opening) for row in finished]

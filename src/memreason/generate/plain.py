@@ -9,15 +9,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import StoppingCriteriaList
 
 from memreason.core.recipe import EvalRecipe
-from memreason.finetune.methods import merged
+from memreason.finetune.methods import merged, network_of
 from memreason.generate.choose import take
 from memreason.generate.rows import Row
 
 __all__ = ["generate_plainly"]
 
-BATCH = 8  # the logits of every step are kept until a batch ends
+BATCH = 8  # rows that wait for the longest of them
 
 
 def generate_plainly(
@@ -38,26 +39,38 @@ def generate_plainly(
 
 
 def _answer(model: Any, rows: list[Row], eos: int, way: dict[str, Any]) -> None:
-    """Fill in the tokens of a batch."""
+    """Let the rows of a batch take token after token, each as soon as it is chosen."""
     device = next(model.parameters()).device
     longest = max(len(row.pending) for row in rows)
     pads = [longest - len(row.pending) for row in rows]
-    out = model.generate(
-        input_ids=torch.tensor([[eos] * pad + row.pending for pad, row in zip(pads, rows, strict=True)], device=device),
-        attention_mask=torch.tensor([[0] * pad + [1] * (longest - pad) for pad in pads], device=device),
-        max_new_tokens=max(row.limit for row in rows),
-        eos_token_id=eos,
-        pad_token_id=eos,
-        return_dict_in_generate=True,
-        output_logits=True,
-        **way,
-    )
-    for place, row in enumerate(rows):
-        logits = torch.stack([step[place] for step in out.logits])
-        for one in take(logits, (), partial(_chosen, out.sequences[place, longest:])):
-            row.take(one)
-            if row.ended(eos):
-                break
+    logits: list[Tensor] = []  # of the last step
+    done = [False] * len(rows)
+
+    def keep(module: Any, given: Any, output: Any) -> None:
+        logits[:] = [output.logits[:, -1].to(device, copy=True)]  # the whole of it would be kept with a part
+
+    def which_ended(ids: Tensor, scores: Any, **_: Any) -> Tensor:
+        for place, one in enumerate(take(logits[0], (), partial(_chosen, ids[:, -1]))):
+            if not done[place]:
+                rows[place].take(one)
+                done[place] = rows[place].ended(eos)
+        return torch.tensor(done, device=ids.device)
+
+    hook = network_of(model).register_forward_hook(keep)
+    try:
+        model.generate(
+            input_ids=torch.tensor(
+                [[eos] * pad + row.pending for pad, row in zip(pads, rows, strict=True)], device=device
+            ),
+            attention_mask=torch.tensor([[0] * pad + [1] * (longest - pad) for pad in pads], device=device),
+            max_new_tokens=max(row.limit - len(row.ids) for row in rows),
+            eos_token_id=eos,
+            pad_token_id=eos,
+            stopping_criteria=StoppingCriteriaList([which_ended]),
+            **way,
+        )
+    finally:
+        hook.remove()
 
 
 def _chosen(made: Tensor, logits: Tensor, points: Sequence[float]) -> Tensor:

@@ -21,7 +21,7 @@ from memreason.encode.codec import Codec
 from memreason.encode.scheme import PREFIX
 from memreason.generate.choose import Taken
 from memreason.generate.engine import decode
-from memreason.generate.rows import Engine, Retrieved, Row
+from memreason.generate.rows import Engine, Retrieved, Row, Until
 
 __all__ = ["FLOOR", "Found", "Search", "is_unsure", "retrieving", "sureness"]
 
@@ -69,36 +69,52 @@ def _passes(
     codec: Codec,
     waiting: deque[Row],
     settings: EvalRecipe,
+    more: Callable[[], bool] | None = None,
 ) -> Iterator[list[Row]]:
+    """As `decode`. With `more` somebody watches: what is to be looked up does not wait for others."""
     read = _reader(codec, threshold)
     behind = codec.block(PREFIX, MEMORY) if precede else ()
+    enough = settings.batch_size if more is None else 1
+    prompts: dict[int, list[int]] = {}  # of rows that have begun, by id()
+    ready: deque[Row] = deque()
     stopped: list[tuple[Row, _Line]] = []
     finished: list[Row] = []
+
+    def begin() -> None:
+        while waiting:
+            row = waiting.popleft()
+            prompts[id(row)] = row.pending
+            row.until = partial(_stops, read, row, row.until)
+            ready.append(row)
 
     def resume() -> bool:
         found = search([(row.question, line.text) for row, line in stopped]) if stopped else ()
         for (row, line), one in zip(stopped, found, strict=True):
             _put(codec, row, line, one, behind)
-            (finished.append if row.over(codec.eos_id) else waiting.appendleft)(row)
+            row.pending, row.fed, row.drafted = prompts[id(row)] + row.ids, 0, 0
+            (finished.append if row.over(codec.eos_id) else ready.appendleft)(row)
         stopped.clear()
-        return bool(waiting)
+        begin()
+        return bool(ready)
 
-    for row in waiting:
-        row.until = partial(_stops, read, row)
-    for ended in decode(model, codec, waiting, settings, resume):
+    begin()
+    for ended in decode(model, codec, ready, settings, lambda: resume() or bool(more and more() and resume())):
         for row in ended:
             line = read(row) if len(row.ids) < row.limit else None
             stopped += [(row, line)] if line else []
             finished += [] if line else [row]
-        if len(stopped) * 4 >= settings.batch_size:
+        if len(stopped) * 4 >= enough:
             resume()
+        for row in finished:
+            del prompts[id(row)]
         yield [*finished]
         finished.clear()
+        begin()
     yield finished
 
 
-def _stops(read: Callable[[Row], _Line | None], row: Row, ids: Sequence[int]) -> bool:
-    return read(row) is not None
+def _stops(read: Callable[[Row], _Line | None], row: Row, before: Until | None, ids: Sequence[int]) -> bool:
+    return bool(before and before(ids)) or read(row) is not None
 
 
 def _reader(codec: Codec, threshold: float) -> Callable[[Row], _Line | None]:
@@ -115,8 +131,6 @@ def _reader(codec: Codec, threshold: float) -> Callable[[Row], _Line | None]:
         if end < len(ids) and last not in planning and last != codec.eos_id:
             return None
         begin = next((n for n in range(end, 0, -1) if ids[n - 1] in planning), 0)
-        if codec.separator and ids[begin : begin + len(codec.separator)] == codec.separator:
-            begin += len(codec.separator)
         known = any(begin in (one.place, one.end) for one in row.retrieved)  # and the model's own behind a passage
         if known or (opening + ids[:begin])[-len(block) :] != block or any(map(breaks, ids[begin : len(ids) - 1])):
             return None
@@ -127,8 +141,7 @@ def _reader(codec: Codec, threshold: float) -> Callable[[Row], _Line | None]:
 
 
 def _put(codec: Codec, row: Row, line: _Line, found: Found | None, behind: Sequence[int]) -> None:
-    """Put a passage in place of a line, if one was found, `behind` it what opens the next line, and make the row ready
-    to go on from there."""
+    """Put a passage in place of a line, if one was found, and `behind` it what opens the next line."""
     text = " ".join(found[1].split()) if found else ""
     if found and text:
         body = [*_encode(codec, text), *behind]
@@ -136,15 +149,13 @@ def _put(codec: Codec, row: Row, line: _Line, found: Found | None, behind: Seque
         row.taken[line.begin :] = [Taken(token, math.nan, math.nan, math.nan) for token in body]
         del row.ids[row.limit :], row.taken[row.limit :]
         row.retrieved.append(Retrieved(line.begin, line.begin + len(body), found[0], line.text, line.sureness))
-    row.pending = codec.question_ids(row.question) + codec.opening() + row.ids
-    row.fed = row.drafted = 0
 
 
 def _encode(codec: Codec, text: str) -> list[int]:
     """Ids of a line's text; a longer one than LINE_TOKENS ends with the last whole word before."""
-    ids = codec.encode(" " + text + codec.scheme.line_ending)
+    ids = codec.encode(codec.scheme.line_text(text))
     if len(ids) <= LINE_TOKENS:
         return ids
     kept = codec.decode(codec.encode(" " + text)[: LINE_TOKENS - 1]).strip()
     words, _, _ = kept.rpartition(" ")
-    return codec.encode(" " + (words or kept) + codec.scheme.line_ending)
+    return codec.encode(codec.scheme.line_text(words or kept))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -14,8 +15,9 @@ from memreason.core.trace import Question
 from memreason.encode.codec import Codec
 from memreason.generate.choose import Taken
 
-__all__ = ["Engine", "Generation", "Retrieved", "Row", "Until", "start"]
+__all__ = ["Engine", "Generation", "Given", "Retrieved", "Row", "Until", "start"]
 
+Given = Callable[[Sequence[int]], list[int]]  # generated ids so far -> what is put behind the last one, if anything
 Until = Callable[[Sequence[int]], bool]  # generated ids so far -> whether to stop behind the last one
 
 
@@ -67,6 +69,26 @@ class Row:
     def take(self, one: Taken) -> None:
         self.ids.append(one.token)
         self.taken.append(one)
+
+    def fill(self, ids: Sequence[int], tables: Sequence[Mapping[int, float]], eos: int) -> None:
+        """Take what another engine generated, as far as the row goes. `tables`: log-probabilities, by id, of each token
+        and of the likeliest (empty, or none at all: unknown)."""
+        for token, table in zip(ids, tables or ({},) * len(ids), strict=True):
+            logprob = table.get(token, math.nan)
+            others = [value for other, value in table.items() if other != token]
+            margin = math.exp(logprob) - math.exp(max(others)) if others else math.nan
+            self.take(Taken(token, logprob, math.nan, margin))
+            if self.ended(eos):
+                break
+
+    def take_given(self, given: Given, eos: int) -> int:
+        """Take what is put behind the last token, as far as the row goes. Returns how many tokens that was."""
+        extra = [] if self.ended(eos) else given(self.ids)
+        for count, token in enumerate(extra, 1):
+            self.take(Taken(token, math.nan, math.nan, math.nan))
+            if self.ended(eos):
+                return count
+        return len(extra)
 
     def over(self, eos: int) -> bool:
         return self.ids[-1] == eos or len(self.ids) >= self.limit

@@ -69,7 +69,8 @@ def confidence_table(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any] | N
     if not lines:
         return None
     false = [line["false"] for line in lines]
-    aurocs = {name: _with_interval(lines, false, name) for name in SIGNS}
+    known = [name for name in SIGNS if all(line[name] is not None for line in lines)]  # not every engine tells all
+    aurocs = {name: _with_interval(lines, false, name) for name in known}
     best = aurocs["logprob"]
     return {
         "n": len(lines),

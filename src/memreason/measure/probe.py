@@ -114,7 +114,7 @@ def _blocks(change: Callable[[Codec, Step, random.Random], Sequence[int]], name:
     def begin(codec: Codec, case: Case) -> Begun | None:
         draw, ids = case.draw(name), list[int]()
         for step in _memory(case):
-            text = codec.encode(" " + step.text + codec.scheme.line_ending)
+            text = codec.encode(codec.scheme.line_text(step.text))
             ids += [*change(codec, step, draw), *text]
         return Begun(ids + list(codec.block(PREFIX)))
 

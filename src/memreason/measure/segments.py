@@ -60,13 +60,16 @@ def _trace_parts(codec: Codec, question: Question, ids: list[int]) -> list[Part]
     parts[body:end] = [Part(ANSWER)] * (end - body)
     if codec.scheme.placement == "only_at_front":
         parts[: len(codec.opening())] = [Part(PREFIX, block=True)] * len(codec.opening())
+    if codec.scheme.placement == "plan_first":
+        planned = min((start for start, _ in trace.meta["spans"]), default=first)
+        parts[:planned] = [Part(PREFIX, block=True)] * planned
     return parts
 
 
 def _answer_line(codec: Codec, trace: Trace, ids: list[int]) -> tuple[int, int, int]:
     """Where the answer line begins (behind the last step), where its text does, and where it ends."""
     planning = {i for block in codec.blocks.values() for i in block}
-    named = set(codec.blocks.get(ANSWER, ()))
+    named = set() if codec.scheme.placement == "plan_first" else set(codec.blocks.get(ANSWER, ()))
     first, size = max((end for _, end in trace.meta["spans"]), default=0), len(ids)
     at = next((n for n in range(first, size) if ids[n] in named), size) if named else first
     if at == size or not (named or trace.prediction):

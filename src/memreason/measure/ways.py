@@ -8,11 +8,13 @@ from collections.abc import Mapping, Sequence
 from itertools import combinations
 from typing import Any
 
+from memreason.core.trace import Trace
 from memreason.measure.attribute import VERDICTS, Attribution, Verdict, fault_table, readable
+from memreason.measure.score import score_trace
 from memreason.measure.stats import kappa_bootstrap, wilson
 from memreason.measure.trends import trends
 
-__all__ = ["WAYS", "compare_ways", "fault_lines", "faults_of", "strongest"]
+__all__ = ["WAYS", "compare_ways", "fault_lines", "faults_of", "read_ways", "strongest"]
 
 Ways = Mapping[str, Sequence[Attribution]]  # the same questions in the same order
 WAYS: dict[str, tuple[Verdict, ...]] = {  # strongest first, with the verdicts that each can give
@@ -35,13 +37,33 @@ def strongest(ways: Ways) -> list[Attribution]:
 
 
 def fault_lines(ways: Ways) -> list[dict[str, Any]]:
-    """For each question the strongest way's verdict and why, then every way's verdict, and what each has to show."""
+    """For each question the strongest way's verdict and why, then every way's verdict, its words, and what it has to
+    show."""
     lines = []
     for place, main in enumerate(strongest(ways)):
         found = {name: ways[name][place] for name in WAYS if name in ways}
         shown = {name: dict(one.evidence) for name, one in found.items() if one.evidence}
-        lines.append({**main.to_json(), "ways": {name: one.verdict for name, one in found.items()}, **shown})
+        said = {name: _words(one) for name, one in found.items() if name != "exact" and _words(one)}
+        verdicts = {name: one.verdict for name, one in found.items()}
+        lines.append({**main.to_json(), "ways": verdicts, "said": said, **shown})
     return lines
+
+
+def _words(one: Attribution) -> list[str]:
+    """Why, of a way that says the same of memory and reason where both are at fault: every one but the exact."""
+    return [*dict.fromkeys((*one.memory, *one.reason))]
+
+
+def read_ways(lines: Sequence[Mapping[str, Any]], made: Sequence[Trace]) -> dict[str, list[Attribution]]:
+    """The ways of `fault_lines` again, less the exact one, which costs nothing. `made` are the traces they are of."""
+    names = [name for name in WAYS if name != "exact" and all(name in line["ways"] for line in lines)]
+    return {name: [_read(name, *pair) for pair in zip(lines, made, strict=True)] for name in names}
+
+
+def _read(name: str, line: Mapping[str, Any], trace: Trace) -> Attribution:
+    verdict, words = line["ways"][name], tuple(line["said"].get(name, ()))
+    memory, reason = (words if verdict in (kind, "both") else () for kind in ("memory", "reason"))
+    return Attribution(trace, score_trace(trace), verdict, memory, reason, evidence=line.get(name, {}))
 
 
 def faults_of(ways: Ways) -> dict[str, Any]:

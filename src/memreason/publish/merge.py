@@ -1,46 +1,53 @@
-"""A checkpoint as one plain Transformers model."""
+"""An adapter becomes part of its base model."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
+import torch
 from peft import PeftModel
+from transformers import AutoModelForCausalLM
 
 from memreason.core.errors import CheckpointError
-from memreason.encode.base import DTYPES
-from memreason.finetune.checkpoint import load_checkpoint, save_checkpoint
+from memreason.encode.codec import Codec
+from memreason.finetune.checkpoint import Checkpoint
 
-__all__ = ["merge"]
+__all__ = ["hand_bias_over", "merge", "refuse_virtual_tokens"]
 
 
-def merge(path: Path | str, out: Path | str, *, base: str | None = None, dtype: str = "fp32") -> Path:
-    """Write the adapter of a run or checkpoint into its base weights and save them to `out`, which it returns.
+def merge(loaded: Checkpoint) -> Any:
+    """The adapter of a checkpoint written into its base weights, in their dtype: a plain Transformers model.
 
-    The folder loads with plain AutoModelForCausalLM and AutoTokenizer, and as a checkpoint here. Merging is done
-    in fp32 on the unquantised base, also where training was quantised; `dtype` is what is stored. Raises
-    CheckpointError for methods whose virtual tokens stand outside the weights, and if `out` holds files already.
+    The checkpoint's own model is used up. Raises CheckpointError for methods whose virtual tokens stand outside the
+    weights: there is nothing to merge.
     """
-    out = Path(out)
-    if out.exists() and any(out.iterdir()):
-        raise CheckpointError(f"{out}: holds files already; give an empty folder")
-    loaded = load_checkpoint(path, base=base, dtype="fp32", quantize=None)
+    refuse_virtual_tokens(loaded)
     model: Any = loaded.model
     if isinstance(model, PeftModel):
-        if model.active_peft_config.is_prompt_learning:
-            raise CheckpointError(
-                f"{loaded.folder}: {loaded.recipe.method.name} trains virtual tokens that stand outside the weights; "
-                "there is nothing to merge. Use the checkpoint with its base model."
-            )
         model = model.merge_and_unload()  # type: ignore[operator]
-    model.to(DTYPES[dtype])
-    recipe = loaded.recipe
-    plain = {"base": str(out), "quantize": None, "dtype": dtype}
-    merged = recipe.model_copy(
-        update={
-            "model": recipe.model.model_copy(update=plain),
-            "method": recipe.method.model_copy(update={"name": "full"}),
-        }
-    )
-    save_checkpoint(out, model, loaded.codec, merged)
-    return out
+    return model
+
+
+def refuse_virtual_tokens(loaded: Checkpoint) -> None:
+    model: Any = loaded.model
+    if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
+        raise CheckpointError(
+            f"{loaded.folder}: {loaded.recipe.method.name} trains virtual tokens that stand outside the weights; "
+            "there is nothing to merge. Use the checkpoint with its base model, or --to adapter."
+        )
+
+
+def hand_bias_over(model: Any, codec: Codec) -> None:
+    """Where Transformers' class has no bias in its head, the one of imported rows goes into the generation config.
+
+    It acts in `generate` alone there; loaded as a checkpoint here, the model has it in the head again.
+    """
+    if not codec.scheme.row_bias:
+        return
+    with torch.device("meta"):
+        plain: Any = AutoModelForCausalLM.from_config(model.config)
+    if plain.get_output_embeddings().bias is None:
+        model.get_output_embeddings().bias = None
+        ids = codec.describe().values()
+        pairs = [[[i], value] for i, value in zip(ids, codec.scheme.row_bias, strict=True)]
+        model.generation_config.sequence_bias = pairs

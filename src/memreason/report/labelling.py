@@ -7,14 +7,14 @@ from typing import Any
 from memreason.label.batch import BatchReport
 from memreason.report.console import figures
 
-__all__ = ["print_batch", "print_estimate", "print_labels"]
+__all__ = ["duration", "print_batch", "print_estimate", "print_labels"]
 
 
 def _dollars(value: float | None) -> str:
     return "unknown: name the model in a price table (--prices FILE)" if value is None else f"${value:,.2f}"
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
@@ -59,7 +59,7 @@ def print_estimate(found: dict[str, Any]) -> None:
             ("tokens", f"{found['prompt_tokens']:,} in prompts, {found['completion_tokens']:,} in replies"),
             ("cost", _dollars(found["dollars"])),
             *([("cost as a batch", _dollars(found["batch_dollars"]))] if found["dollars"] is not None else []),
-            ("time", _duration(found["seconds"])),
+            ("time", duration(found["seconds"])),
         ],
     )
 

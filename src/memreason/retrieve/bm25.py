@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import shutil
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import bm25s
@@ -34,10 +34,14 @@ def _tokens(texts: Sequence[str]) -> list[list[str]]:
 class Bm25:
     """An index and its passages, both read from disk as far as a query needs them."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, corpus: str) -> None:
+        self.corpus = str(Path(corpus).resolve()) if Path(corpus).exists() else corpus
         self.index = bm25s.BM25.load(folder, mmap=True, show_progress=False)
         self.passages = JsonlCorpus(folder / "corpus.jsonl", show_progress=False, save_index=False, verbosity=0)
         self.lock = threading.Lock()  # passages are read where the last reading left off
+
+    def __reduce__(self) -> tuple[Callable[[str], Bm25], tuple[str]]:
+        return open_bm25, (self.corpus,)  # to another process goes the name, not the index
 
     def search(self, queries: Sequence[str], k: int) -> list[list[Passage]]:
         """Up to `k` passages for each query, best first, equal ones in the corpus's order."""
@@ -72,7 +76,7 @@ def open_bm25(corpus: str) -> Bm25:
                     partial.rename(folder)
             finally:
                 shutil.rmtree(partial, ignore_errors=True)
-    return Bm25(folder)
+    return Bm25(folder, corpus)
 
 
 def _build(corpus: str, folder: Path) -> None:

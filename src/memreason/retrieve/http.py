@@ -39,6 +39,9 @@ class HttpRetriever:
             reraise=True,
         )
 
+    def __reduce__(self) -> tuple[type[HttpRetriever], tuple[str]]:
+        return HttpRetriever, (self.url,)  # to another process goes the address, not the connection
+
     def search(self, queries: Sequence[str], k: int) -> list[list[Passage]]:
         """Up to `k` passages for each query, in the server's order.
 

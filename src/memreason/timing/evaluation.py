@@ -17,6 +17,7 @@ from memreason.encode.codec import Codec
 from memreason.fast.memory import peak_memory
 from memreason.finetune.checkpoint import load_checkpoint
 from memreason.generate.engines import generate
+from memreason.publish.export import write_model
 from memreason.publish.merge import merge
 
 __all__ = ["eval_memreason", "eval_transformers", "export"]
@@ -95,7 +96,8 @@ def export(spec: Spec) -> Figures:
     """What the other engines need: the merged model in bf16, and the prompts as ids."""
     loaded = load_checkpoint(spec["run"])
     if not Path(spec["merged"]).exists():
-        merge(spec["run"], spec["merged"], dtype="bf16")
+        folder, whole = Path(spec["merged"]), load_checkpoint(spec["run"], dtype="fp32", quantize=None)
+        write_model(folder, folder, merge(whole), whole, "bf16")
     asked = prompts(loaded.codec, _questions(spec, loaded.recipe))
     Path(spec["prompts"]).write_text(json.dumps(asked), encoding="utf-8")
     return {"prompts": len(asked)}

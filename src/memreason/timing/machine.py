@@ -36,10 +36,13 @@ def _processor() -> str:
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
-def measure(_spec: Figures) -> Figures:
-    """Matrix products in GFLOP/s and memory reads in GB/s, each the best of several."""
+def measure(spec: Figures) -> Figures:
+    """Matrix products in GFLOP/s (of all dtypes, or those that `spec` names as "gemm") and memory reads in GB/s, each
+    the best of several."""
     figures: Figures = {"threads": torch.get_num_threads()}
     for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        if name not in spec.get("gemm", (name,)):
+            continue
         left, right = (torch.randn(2048, 2048).to(dtype) for _ in range(2))
         seconds = _best(lambda left=left, right=right: left @ right.T)  # type: ignore[misc]
         figures[f"gemm_{name}"] = 2 * 2048**3 / seconds / 1e9

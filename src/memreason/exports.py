@@ -1,0 +1,68 @@
+"""The ways out of a run: merged weights, adapter, GGUF, the hub."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from memreason.core.errors import DataError, TaskError
+from memreason.core.recipe import Recipe
+from memreason.core.trace import Question
+from memreason.data.tasks import load_eval, load_splits
+from memreason.finetune.checkpoint import open_checkpoint
+from memreason.publish.adapter import export_adapter
+from memreason.publish.export import Step, export_model
+from memreason.publish.gguf import GGUF, export_gguf
+from memreason.publish.push import push
+
+__all__ = ["export", "next_steps", "push"]
+
+ASKED = 20  # questions whose traces are compared
+
+
+def export(
+    path: Path | str,
+    out: Path | str | None = None,
+    *,
+    to: str = "hf",
+    base: str | None = None,
+    dtype: str = "bf16",
+    gguf_type: str = "f16",
+    converter: Path | None = None,
+    tell: Step = lambda name, found: None,
+) -> Path:
+    """Export a run (its best checkpoint) or a checkpoint to `out` (None: a folder of its own beside the weights), which
+    is returned once everything about it was checked; `tell` hears of each check.
+
+    `to`: "hf" (merged weights, stored as `dtype`), "adapter" (for plain PEFT) or "gguf" (of `gguf_type`). Raises
+    ExportError, and leaves nothing, if a check fails.
+    """
+    folder = Path(out) if out else Path(path) / f"export-{to}"
+    questions = _questions(open_checkpoint(path).recipe)
+    if to == "adapter":
+        export_adapter(path, folder, questions, base=base, tell=tell)
+    elif to == "gguf":
+        export_gguf(path, folder, questions, base=base, kind=gguf_type, converter=converter, tell=tell)
+    else:
+        export_model(path, folder, questions, base=base, dtype=dtype, tell=tell)
+    return folder
+
+
+def _questions(recipe: Recipe) -> Sequence[Question]:
+    """Of the run's task, or where its test questions are not at hand, of its training data."""
+    try:
+        asked = load_eval(recipe.data.task, recipe.eval.split, recipe.data, None, seed=0)
+    except (TaskError, DataError):
+        asked = load_splits(recipe.data).train
+    return [trace.question for trace in asked[:ASKED]]
+
+
+def next_steps(folder: Path, to: str) -> list[tuple[str, Any]]:
+    """What to do with it, as rows to print."""
+    steps = {
+        "hf": [("serve it", f"vllm serve {folder}"), ("evaluate it", f"memreason eval {folder}")],
+        "adapter": [("load it", f"see {folder / 'README.md'}")],
+        "gguf": [("serve it", f"llama-server -m {folder / GGUF} --special")],
+    }
+    return list(steps[to])
