@@ -2,7 +2,7 @@
 
 Each training runs in a process of its own, between two measurements of the machine, whose mean is what the estimate
 is given. All of it on one thread and in seconds of the processor, not of the clock: other jobs then count less. The
-reach of a processor (`CPU_REACH` in `timing/hardware.py`) and the holes of its heap (`HOLES` in `timing/footprint.py`)
+reach of a processor (`CPU_REACH` in `timing/hardware.py`) and the holes of its heap (`HOLES` in `timing/rehearsal.py`)
 were set on the first row alone; the others check them. Bounds: memory 15 %, time 30 %.
 """
 

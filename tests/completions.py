@@ -29,6 +29,7 @@ class Completions:
     models: tuple[str, ...] = ("toy",)
     template: Callable[[str], str] = str  # a chat's only message -> the prompt
     written: Callable[[str], str] = str  # a text -> what is sent of it
+    listing: bool = True  # whether it names its models
     seconds: float = 0.0
     troubles: list[Trouble] = field(default_factory=list)  # of the next questions
     last: int | None = None  # how many questions it answers before it refuses all
@@ -113,7 +114,11 @@ def completing(known: Completions) -> Iterator[Completions]:
         protocol_version = "HTTP/1.1"
 
         def do_GET(self) -> None:
-            self.reply(200, {"object": "list", "data": [{"id": name, "object": "model"} for name in known.models]})
+            if not known.listing:
+                return self.reply(500, error("Cache directory not found"), OFF)
+            return self.reply(
+                200, {"object": "list", "data": [{"id": name, "object": "model"} for name in known.models]}
+            )
 
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))

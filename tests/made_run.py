@@ -110,6 +110,30 @@ def save_run(folder: Path, n: int, *, seed: int = 0, traces: Sequence[Trace] | N
     return folder
 
 
+def save_retrieval(checkpoint: Path, evaluation: str = "") -> None:
+    """calibration.json and curve.json as the commands `calibrate` and `retrieve` write them. `evaluation` names the
+    folder of the point at which every line is retrieved."""
+    found = {"threshold": -0.0645, "j": 0.75, "false_below": 0.92, "true_below": 0.17, "n": 179, "false": 25}
+    calibration = {**found, "auroc": 0.902, "task": "atlas", "split": "validation"}
+    write_json(checkpoint / "calibration.json", calibration)
+    rows = [("recall", None, 0.0, 0.88), ("calibrated", -0.0645, 0.31, 0.94), ("retrieve", None, 1.0, 0.95)]
+    points = [
+        {
+            "name": name,
+            "unsure_below": below,
+            "retrieved": share,
+            "accuracy": accuracy,
+            "interval": [accuracy - 0.07, min(1.0, accuracy + 0.04)],
+            "correct": round(100 * accuracy),
+            "n": 100,
+            "folder": f"elsewhere/{evaluation or name}",
+        }
+        for name, below, share, accuracy in rows
+    ]
+    curve = {"task": "atlas", "split": "test", "corpus": "atlas", "calibration": calibration, "points": points}
+    write_json(checkpoint / "retrieve" / "atlas-test-0a1b2c3d" / "curve.json", curve)
+
+
 def save_findings(evaluation: Path) -> None:
     """attention.json and probe.json as the commands `attention` and `probe` write them."""
     names = ["first token", "question", "memory block", "memory", "reason block", "reason", "answer block", "answer"]

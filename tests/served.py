@@ -17,6 +17,7 @@ from conftest import own_traces, save_base, tiny_recipe
 from memreason import pipeline
 from memreason.core.recipe import EvalRecipe
 from memreason.finetune.checkpoint import Checkpoint
+from memreason.generate.engine import decode
 from memreason.serve.app import Service, make_app
 from memreason.serve.guard import Guard, policy
 from memreason.serve.live import Live
@@ -62,9 +63,16 @@ class Served:
 
 @contextmanager
 def serving(
-    checkpoint: Checkpoint, folder: Path, *, page: str = PAGE, limit: int = 16, grace: float = 30.0, **more: Any
+    checkpoint: Checkpoint,
+    folder: Path,
+    *,
+    page: str = PAGE,
+    limit: int = 16,
+    grace: float = 30.0,
+    engine: Any = decode,
+    **more: Any,
 ) -> Iterator[Served]:
-    live = Live(checkpoint.model, checkpoint.codec, SETTINGS, limit=limit)
+    live = Live(checkpoint.model, checkpoint.codec, SETTINGS, limit=limit, engine=engine)
     known = {trace.question.id: trace for trace in KNOWN}
     service = Service(live, page, folder / "corrections.jsonl", known=known, traces=[{"id": "x"}], **more)
     listener, port = listen("127.0.0.1", 0)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from made_run import answered, save_findings, save_run
+from made_run import answered, save_findings, save_retrieval, save_run
 from memreason.core.trace import MEMORY, Question, Step, Trace
 from memreason.data.atlas import make_atlas
 from memreason.pages import write_report
@@ -40,6 +40,7 @@ def reports(tmp_path_factory: pytest.TempPathFactory, browser: Any) -> dict[str,
     first = save_run(folder / "first", 0, traces=all_traces(0))
     second = save_run(folder / "second", 0, traces=all_traces(7)[:COUNT])
     save_findings(next(second.glob("checkpoint-*/eval/*")))
+    save_retrieval(second / "checkpoint-113")
     pages = {"large": write_report(first), "two": write_report([first, second], out=folder / "two.html")}
     pages["small"] = write_report(second)
     pages["live"] = folder / "live.html"
@@ -164,6 +165,38 @@ def test_a_trace_shows_evidence_checks_and_rule(opened: Open) -> None:
     trace = tab.locator("#trace")
     assert "✗ false" in trace.inner_text() and "it is" in trace.locator(".evidence").inner_text()
     assert "rule: answer line" in trace.inner_text() and "fault: memory" in trace.inner_text()
+
+
+def test_each_run_has_its_own_threshold_of_doubt(opened: Open) -> None:
+    """The first run is not calibrated (0.9), the second is (0.938)."""
+    tab = opened("two")
+    tab.select_option("#sort", "unsure")
+    flagged = """() => [...document.querySelectorAll("#trace article")].map((side) =>
+        [...side.querySelectorAll(".step:has(.sure)")].map((step) => {
+            const told = step.querySelector(".sure").textContent.replace("probability ", "");
+            return [Number(told), step.classList.contains("unsure")];
+        }))"""
+    seen: list[set[bool]] = [set(), set()]
+    for _ in range(40):
+        tab.keyboard.press("j")
+        for place, (below, lines) in enumerate(zip((0.9, 0.938), tab.evaluate(flagged), strict=False)):
+            clear = [(p, unsure) for p, unsure in lines if abs(p - below) > 0.006]  # shown with two digits
+            assert all(unsure == (p < below) for p, unsure in clear)
+            seen[place] |= {unsure for p, unsure in clear if 0.906 < p < 0.932}
+    assert seen == [{False}, {True}]
+
+
+def test_curves_stay_inside_their_section(opened: Open) -> None:
+    for width in (1200, 360):
+        tab = opened(viewport={"width": width, "height": 800})
+        frame = tab.locator("#retrieval").bounding_box()
+        for shape in tab.locator("#retrieval .dot, #retrieval .ring").all():
+            box = shape.bounding_box()
+            assert frame["x"] <= box["x"] and box["x"] + box["width"] <= frame["x"] + frame["width"]
+        colours = tab.locator("#retrieval .ring").evaluate(
+            "(ring) => [getComputedStyle(ring).stroke, getComputedStyle(document.querySelector('.dot')).fill]"
+        )
+        assert len(set(colours)) == 2
 
 
 def test_only_rows_in_sight_are_in_the_page(opened: Open) -> None:

@@ -17,7 +17,6 @@ from memreason.core.recipe import EvalRecipe, load_recipe
 from memreason.core.trace import Trace
 from memreason.data.atlas import make_atlas
 from memreason.finetune.checkpoint import open_checkpoint
-from memreason.publish.chat import message
 from memreason.publish.export import export_model
 from real_servers import OFFLINE, SMALL, VLLM, needs_vllm, transformers_serve, vllm_serve
 
@@ -95,7 +94,7 @@ def chatted(url: str, model: str, exported: Path, local: Samples) -> list[bool]:
     same = []
     for line in local[:10]:
         question = Trace.from_json(line).question
-        asked = {"model": model, "messages": [{"role": "user", "content": message(codec, question)}]}
+        asked = {"model": model, "messages": [{"role": "user", "content": codec.scheme.message(question)}]}
         reply = httpx2.post(f"{url}/chat/completions", json={**asked, "temperature": 0, "max_tokens": 120}, timeout=600)
         text = reply.json()["choices"][0]["message"]["content"]
         ids = codec.opening() + codec.tokenizer(text, add_special_tokens=False)["input_ids"] + [codec.eos_id]

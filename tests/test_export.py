@@ -44,7 +44,7 @@ from memreason.finetune.checkpoint import load_checkpoint
 from memreason.publish import export as room
 from memreason.publish import gate
 from memreason.publish.adapter import export_adapter
-from memreason.publish.chat import chat_ids, chat_template, message, prompt_ids
+from memreason.publish.chat import chat_ids, chat_template, prompt_ids
 from memreason.publish.export import export_model
 
 SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -182,7 +182,7 @@ def test_a_message_becomes_the_trained_prompt(family: str, scheme: str, bos: boo
         Question("two\nlines, “curly” quotes", "x"),
     ]
     for question in questions:
-        assert chat_ids(codec.tokenizer, message(codec, question), template) == prompt_ids(codec, question)
+        assert chat_ids(codec.tokenizer, codec.scheme.message(question), template) == prompt_ids(codec, question)
 
 
 def test_a_conversation_asks_its_last_question() -> None:
@@ -357,11 +357,13 @@ class Hub(BaseHTTPRequestHandler):
             self._answer(200, {"url": f"{self.address}/me/model", "id": "me/model"})
         elif "/preupload/" in self.path:
             files = [file["path"] for file in json.loads(body)["files"]]
-            self._answer(200, {"files": [{"path": path, "uploadMode": "regular", "shouldIgnore": False} for path in files]})
+            plain = {"uploadMode": "regular", "shouldIgnore": False}
+            self._answer(200, {"files": [{"path": path, **plain} for path in files]})
         elif self.path == "/api/validate-yaml":
             self._answer(200, {"errors": [], "warnings": []})
         else:
-            self._answer(200, {"commitUrl": f"{self.address}/me/model/commit/1", "commitOid": "0" * 40, "success": True})
+            address = f"{self.address}/me/model/commit/1"
+            self._answer(200, {"commitUrl": address, "commitOid": "0" * 40, "success": True})
 
     def log_message(self, *_: Any) -> None:
         pass

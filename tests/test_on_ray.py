@@ -207,6 +207,20 @@ def test_a_cluster_that_does_not_answer_is_named(
         assert eval_on_ray() == f"error: RAY_ADDRESS={there}: {said}"
 
 
+def test_a_ray_that_does_not_start_is_told_in_one_line(
+    eval_on_ray: Callable[[], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ray = pytest.importorskip("ray")
+
+    def timed_out(**how: Any) -> None:
+        assert how["address"] == "local"
+        raise Exception("Traceback:\n  a remote one\nThe current node timed out during startup.")
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(ray, "init", timed_out)
+    assert eval_on_ray() == "error: Ray does not start here: The current node timed out during startup"
+
+
 def test_a_model_that_is_only_in_memory_is_refused(checkpoint: Path) -> None:
     loaded = load_checkpoint(checkpoint)
     with pytest.raises(EngineError, match="the workers read the model from its checkpoint, and this one is in memory"):

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from made_run import answered, falsified, save_evaluation, save_findings, save_run
+from made_run import answered, falsified, save_evaluation, save_findings, save_retrieval, save_run
 from memreason.cli import main
 from memreason.core.errors import CheckpointError
 from memreason.core.files import read_json, read_jsonl, write_json, write_jsonl
@@ -30,7 +30,8 @@ from memreason.report.page import page
 from memreason.report.table import csv_text
 
 EVIL = '</script><script>alert("x")</script><!--<script>'
-SECTIONS = ("accuracy", "faults", "confidence", "attention", "probe", "learning", "setup", "cost", "explorer")
+FOUND = ("accuracy", "faults", "confidence", "retrieval", "attention", "probe")
+SECTIONS = (*FOUND, "learning", "setup", "cost", "explorer")
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +39,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run on 60 atlas questions with every finding beside its samples."""
     folder = save_run(tmp_path_factory.mktemp("runs") / "one", 60)
     save_findings(evaluation_of(folder))
+    save_retrieval(folder / "checkpoint-113")
     return folder
 
 
@@ -197,12 +199,60 @@ def test_only_sections_of_what_is_there(tmp_path: Path) -> None:
     save_evaluation(tmp_path / "eval" / "a", [made])
     ids = Page(page(gather([tmp_path]))).ids()
     assert {"accuracy", "setup", "cost", "explorer"} <= set(ids)
-    assert {"between", "faults", "confidence", "attention", "probe", "learning"}.isdisjoint(ids)
+    assert {"between", "faults", "confidence", "retrieval", "attention", "probe", "learning"}.isdisjoint(ids)
 
 
 def test_attention_stands_with_the_comparison_among_alike_questions(run: Path) -> None:
     text = " ".join(Page(page(gather([run]))).text.split())
     assert "answer → memory5.1––-0.1 (-1.0 to +0.7)" in text and "reason → reason" not in text
+
+
+def test_a_curve_of_retrieval_stands_with_its_table(run: Path) -> None:
+    html = page(gather([run]))
+    text = " ".join(Page(html).text.split())
+    assert "none0.0000.880 (0.810 to 0.920) calibrated0.9380.3100.940 (0.870 to 0.980) all1.0000.950" in text
+    assert "Calibrated on 179 memory lines of atlas / validation, 25 of them false" in text
+    assert html.count('class="ring"') == 1
+
+
+def test_points_of_a_curve_are_not_the_newest_evaluation(run: Path, tmp_path: Path) -> None:
+    """What `retrieve` evaluated last would hide the run's own answers; alone it counts, and so does one asked for."""
+    import os
+
+    checkpoint = tmp_path / "checkpoint-9"
+    made = [answered(trace, random.Random(0)) for trace in make_atlas("train", 8)]
+    for place, (name, some) in enumerate({"own": made, "looked-up": made[:3], "asked-for": made[:5]}.items()):
+        os.utime(save_evaluation(checkpoint / "eval" / name, some) / "results.json", (place, place))
+    assert len(gather([checkpoint])["traces"]) == 5
+    save_retrieval(checkpoint, "asked-for")
+    assert len(gather([checkpoint])["traces"]) == 3
+    save_retrieval(checkpoint, "looked-up")
+    assert len(gather([checkpoint])["traces"]) == 5
+
+
+def test_lines_are_flagged_below_the_calibrated_threshold(run: Path, tmp_path: Path) -> None:
+    bare = save_run(tmp_path / "bare", 4)
+    data = gather([run, bare])
+    assert [one["unsure"] for one in data["runs"]] == [
+        {"below": pytest.approx(math.exp(-0.0645), abs=1e-4), "on": "atlas / validation"},
+        {"below": 0.9, "on": None},
+    ]
+    parsed = Page(page(data))
+    text = " ".join(parsed.text.split())
+    assert json.loads(parsed.json)["unsure"] == [0.9375, 0.9]
+    assert "0.938 (geometric mean over their tokens), the threshold calibrated on atlas / validation." in text
+    assert f"not calibrated for this model: memreason calibrate {bare} does that." in text
+
+
+def test_a_retrieved_line_stands_with_its_source_and_what_the_model_had(tmp_path: Path) -> None:
+    (made,) = make_atlas("train", 1, forms=["capital_choice"])
+    folder = save_evaluation(tmp_path / "eval" / "a", [replace(made, prediction="A")])
+    (line,) = [line for _, line in read_jsonl(folder / "samples.jsonl")]
+    line["steps"][0]["source"] = "p1"
+    line["meta"]["recalled"] = [{"step": 0, "text": "Mine.", "sureness": -2.0}]
+    write_jsonl(folder / "samples.jsonl", [line])
+    first, *others = gather([tmp_path])["traces"][0]["of"][0]["lines"]
+    assert (first["source"], first["own"]) == ("p1", "Mine.") and not any("own" in one for one in others)
 
 
 def test_faults_found_by_other_ways_alone_are_shown(run: Path) -> None:
@@ -252,6 +302,10 @@ def test_pictures_put_values_in_their_places() -> None:
     assert 'points="0.00,0.00 100.00,50.00"' in charts.curve("loss", [(0, 4.0), (10, 2.0)], last=10, top=4.0)
     sure = [{"low": 0.4, "high": 0.6, "n": 10, "mean_confidence": 0.5, "share_true": 0.5}]
     assert 'cx="0.00%" cy="85.0"' in charts.reliability(sure)
+    point = {"name": "calibrated", "retrieved": 0.25, "accuracy": 0.9, "interval": [0.8, 1.0]}
+    drawn = charts.retrieval([point])
+    assert 'class="dot" cx="25.00%" cy="85.0"' in drawn and 'class="ring" cx="25.00%" cy="85.0"' in drawn
+    assert 'x1="25.00%" x2="25.00%" y1="170.0" y2="0.0"' in drawn
     cells = re.findall(r'class="cell" fill-opacity="([\d.]+)"', charts.heat(["a", "b"], [[0.5, None], [0.25, 0.0]]))
     assert cells == ["0.750", "0.000", "0.375", "0.000"]
 

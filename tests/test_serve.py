@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import math
 import re
 import signal
 import socket
@@ -23,12 +24,14 @@ import pytest
 from conftest import tiny_recipe
 from memreason import pipeline
 from memreason.cli import main
+from memreason.core.errors import RetrieverError
 from memreason.core.files import read_traces
 from memreason.core.trace import Question, Step, Trace
 from memreason.finetune.checkpoint import Checkpoint, load_checkpoint
 from memreason.generate import engine
 from memreason.generate.answer import answer_questions
 from memreason.generate.onward import begun_ids, continue_traces
+from memreason.generate.recall import retrieving
 from memreason.serve import run as serve_run
 from memreason.serve.guard import own_host
 from memreason.serve.run import address, is_loopback
@@ -79,7 +82,7 @@ def asked(trace: Trace) -> dict[str, Any]:
 
 
 def lines(event: dict[str, Any]) -> list[Step]:
-    return [Step(tuple(step["kinds"]), step["text"]) for step in event["steps"]]
+    return [Step(tuple(step["kinds"]), step["text"], step.get("source", "")) for step in event["steps"]]
 
 
 def same(event: dict[str, Any], trace: Trace) -> bool:
@@ -117,6 +120,65 @@ def test_eight_clients_at_once_get_their_own_answers(server: Served, expected: d
         ends = list(pool.map(lambda body: server.events("/ask", body)[-1], bodies))
     assert all(same(end, expected[body["question"]]) for end, body in zip(ends, bodies, strict=True))
     assert not server.live.open and not server.live.waiting
+
+
+def mars(asked: Any) -> Any:
+    """A search that finds the same passage for every line but those about Quito."""
+    return [None if "Quito" in line else ("p1", "Mars lies in space.") for _, line in asked]
+
+
+@pytest.mark.parametrize("precede", [False, True])
+def test_memory_lines_come_from_outside(checkpoint: Checkpoint, tmp_path: Path, precede: bool) -> None:
+    """Streamed answers are those of an evaluation with the same memory, for several clients at once."""
+    looking = retrieving(mars, math.inf, precede=precede)
+    questions = [trace.question for trace in KNOWN]
+    made = answer_questions(checkpoint.model, checkpoint.codec, questions, SETTINGS, engine=looking)
+    assert sum(step.source == "p1" for trace in made for step in trace.steps) >= 4
+    with serving(checkpoint, tmp_path, engine=looking) as server:
+        with ThreadPoolExecutor(8) as pool:
+            streams = list(pool.map(lambda trace: server.events("/ask", asked(trace)), KNOWN))
+        given = [{"kinds": ["memory"], "text": GIVEN[0].text}]
+        *_, behind = server.events("/continue", {**asked(KNOWN[1]), "steps": given})
+        assert not server.live.open
+    for events, trace in zip(streams, made, strict=True):
+        assert same(events[-1], trace) and len(events) > 3
+        shown = [(step.get("source", ""), "own" in step) for step in events[-1]["steps"]]
+        assert shown == [(step.source, bool(step.source)) for step in trace.steps]
+        json.dumps(events, allow_nan=False)  # tokens that were put in have no figures
+        taken = [step for event in events for step in event["steps"] if step.get("source") == "p1"]
+        assert all(step["text"] == "Mars lies in space." and step["confidence"] is None for step in taken)
+    own = [step["own"] for step in streams[0][-1]["steps"] if "own" in step]
+    assert own and any(step["text"] == own[0] for event in streams[0] for step in event["steps"])  # it was seen before
+    assert behind["steps"][0]["text"] == GIVEN[0].text and "source" not in behind["steps"][0]
+
+
+def test_a_search_that_fails_is_said_and_the_next_is_answered(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    troubles = [RetrieverError("http://127.0.0.1:9/retrieve: no connection")]
+
+    def search(asked: Any) -> Any:
+        if troubles:
+            raise troubles.pop()
+        return mars(asked)
+
+    with serving(checkpoint, tmp_path, engine=retrieving(search, math.inf)) as server:
+        *_, first = server.events("/ask", asked(KNOWN[0]))
+        *_, second = server.events("/ask", asked(KNOWN[0]))
+    assert first["done"] and first["error"] == "http://127.0.0.1:9/retrieve: no connection"
+    assert "error" not in second and second["steps"][0]["source"] == "p1"
+
+
+def test_models_that_transformers_decodes_stream_too(
+    trained: Path, expected: dict[str, Trace], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine, "_feeds", lambda network: False)
+    with serving(load_checkpoint(trained), tmp_path) as server:
+        events = server.events("/ask", asked(KNOWN[0]))
+        with ThreadPoolExecutor(3) as pool:
+            ends = list(pool.map(lambda trace: server.events("/ask", asked(trace))[-1], KNOWN[:3]))
+    assert same(events[-1], expected[KNOWN[0].question.text])
+    assert all(0 < step["confidence"] <= 1 for step in events[-1]["steps"])
+    assert len({json.dumps(event["steps"]) for event in events}) > 3 and not events[0]["begun"] and events[-1]["begun"]
+    assert all(same(end, expected[end["question"]]) for end in ends)
 
 
 def test_control_tokens_in_a_question_are_text(server: Served, expected: dict[str, Trace]) -> None:

@@ -52,11 +52,12 @@ def _parser() -> argparse.ArgumentParser:
 
 def _part(words: Sequence[str]) -> tuple[list[str], list[str]]:
     """A verb's own words, and the recipe's fields with their values, which argparse would take for positionals."""
-    verb = VERBS.get(words[0]) if words else None
+    size = 1 + (" ".join(words[:2]) in VERBS)  # "eval", "lm-eval tasks"
+    verb = VERBS.get(" ".join(words[:size]))
     if verb is None or not verb.fields:
         return list(words), []
-    own, fields = [words[0]], []
-    rest = [word for word in words[1:] if word.strip()]  # a line break of a pasted command
+    own, fields = list(words[:size]), list[str]()
+    rest = [word for word in words[size:] if word.strip()]  # a line break of a pasted command
     while rest:
         word = rest.pop(0)
         if not word.startswith("--") or word.partition("=")[0] in (*verb.arguments, "--help"):

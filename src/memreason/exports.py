@@ -43,7 +43,7 @@ def export(
     if to == "adapter":
         export_adapter(path, folder, questions, base=base, tell=tell)
     elif to == "gguf":
-        export_gguf(path, folder, questions, base=base, kind=gguf_type, converter=converter, tell=tell)
+        export_gguf(path, folder, questions, base=base, kind=gguf_type, script=converter, tell=tell)
     else:
         export_model(path, folder, questions, base=base, dtype=dtype, tell=tell)
     return folder
@@ -63,6 +63,6 @@ def next_steps(folder: Path, to: str) -> list[tuple[str, Any]]:
     steps = {
         "hf": [("serve it", f"vllm serve {folder}"), ("evaluate it", f"memreason eval {folder}")],
         "adapter": [("load it", f"see {folder / 'README.md'}")],
-        "gguf": [("serve it", f"llama-server -m {folder / GGUF} --special")],
+        "gguf": [("serve it", f"llama-server -m {folder / GGUF}")],
     }
     return list(steps[to])

@@ -12,7 +12,15 @@ from accelerate.utils import gather_object
 from tqdm import tqdm
 
 from memreason.core.errors import ModelError, RecipeError, TaskError
-from memreason.core.files import read_json, read_jsonl, read_traces, settings_hash, write_json, write_jsonl, write_traces
+from memreason.core.files import (
+    read_json,
+    read_jsonl,
+    read_traces,
+    settings_hash,
+    write_json,
+    write_jsonl,
+    write_traces,
+)
 from memreason.core.labelling import LabelRecipe
 from memreason.core.recipe import EvalRecipe
 from memreason.core.trace import Question, Trace
@@ -122,9 +130,7 @@ def _write_faults(
     return table
 
 
-def _earlier(
-    folder: Path, made: Sequence[Trace], samples: str
-) -> tuple[dict[str, list[Attribution]], dict[str, Any]]:
+def _earlier(folder: Path, made: Sequence[Trace], samples: str) -> tuple[dict[str, list[Attribution]], dict[str, Any]]:
     """The ways that were gone before for these very samples, and the table that tells of them."""
     path = folder / "faults.json"
     told: dict[str, Any] = read_json(path) if path.is_file() else {}

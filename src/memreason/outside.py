@@ -13,10 +13,9 @@ from memreason.core.recipe import EvalRecipe
 from memreason.data.tasks import is_file, load_splits, task_named
 from memreason.finetune.checkpoint import Checkpoint, checkpoint_for, load_checkpoint
 from memreason.generate.answer import read_samples
-from memreason.measure.unsure import QUANTILES, calibrated
+from memreason.measure.unsure import CALIBRATION, QUANTILES, calibrated
 from memreason.pipeline import evaluate
 from memreason.report.retrieval import draw_curve
-from memreason.retrieve.outside import CALIBRATION
 
 __all__ = ["calibrate", "retrieval_curve"]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -70,13 +71,16 @@ def serve(
 ) -> None:
     """The report of a run, live, until a signal comes: ask, change a memory line, run from there, keep corrections.
 
-    Answers are those of `settings` (None: the recipe's), `limit` requests open at a time. With settings.corpus, lines
-    found there are offered too. Raises RecipeError where it cannot listen at host and port (0: any free one).
+    Answers are those of `settings` (None: the recipe's), memory from outside included, `limit` requests open at a
+    time. With settings.corpus, lines found there are offered too. Raises RecipeError where it cannot listen at host
+    and port (0: any free one), or does not know when a line is unsure.
     """
     needs_server()
     import torch
 
     from memreason.finetune.checkpoint import load_checkpoint
+    from memreason.generate.engine import decode
+    from memreason.retrieve.outside import outside
     from memreason.serve.app import Service, make_app
     from memreason.serve.guard import Guard, policy
     from memreason.serve.live import Live
@@ -84,18 +88,21 @@ def serve(
 
     loaded = checkpoint or load_checkpoint(path, base=base)
     settings, folder = settings or loaded.recipe.eval, _folder(loaded)
-    task, (page, data) = settings.task or loaded.recipe.data.task, _page(path, folder)
+    engine, memory = outside(settings, loaded.folder)
+    said = _memory_said(settings, memory.get("unsure_below"))
+    task, (page, data) = settings.task or loaded.recipe.data.task, _page(path, loaded.folder, folder, said)
     listener, port = listen(host, port)
     if torch.cuda.is_available() and not getattr(loaded.model, "is_quantized", False):
         loaded.model.to("cuda")
-    live = Live(loaded.model, loaded.codec, settings, limit=limit)
+    live = Live(loaded.model, loaded.codec, settings, limit=limit, engine=engine or decode)
     shown = [EvalRecipe(**one["settings"]) for run in data["runs"] for one in run["evaluations"]]
     known = _known(task, [*shown, settings], loaded)
     service = Service(live, page, folder / "corrections.jsonl", task, data["traces"], known, _search(settings))
     server = make_server(Guard(make_app(service), host, port, policy(page)), live)
     if not is_loopback(host):
         note(f"{host}: whoever reaches this address can ask and read, there is no login")
-    figures("", [("open", address(host, port)), ("corrections", str(service.corrections)), ("stop", "Ctrl-C")])
+    told = [("memory lines", said)] if said else []
+    figures("", [("open", address(host, port)), ("corrections", str(service.corrections)), *told, ("stop", "Ctrl-C")])
     run(server, live, listener)
 
 
@@ -105,18 +112,29 @@ def _folder(loaded: Checkpoint) -> Path:
     return parent if (parent / "manifest.json").is_file() else loaded.folder
 
 
-def _page(path: Path | str, folder: Path) -> tuple[str, dict[str, Any]]:
+def _memory_said(settings: EvalRecipe, threshold: float | None) -> str:
+    """Where memory lines come from, in words; empty where the model recalls them."""
+    if settings.memory == "recall":
+        return ""
+    which = "all" if threshold is None else f"those of less probability than {math.exp(threshold):.2f}"
+    place = "before" if settings.retrieved == "precedes" else "in place of"
+    return f"{which}: what is found in {settings.corpus} stands {place} the model's own"
+
+
+def _page(path: Path | str, checkpoint: Path, folder: Path, memory: str) -> tuple[str, dict[str, Any]]:
     """The report, live, and its data; of a run that was never evaluated a page to ask on, and no data."""
     from memreason.core.errors import CheckpointError
-    from memreason.report.gather import gather
+    from memreason.report.gather import flagged_below, gather
     from memreason.report.page import page
     from memreason.report.templates import render
 
     try:
         found = gather([path])
     except CheckpointError:
-        return render("live.html.j2", {"name": folder.resolve().name, "path": str(path)}), NO_DATA
-    return page({**found, "live": True}), found
+        embedded = {"unsure": [flagged_below(checkpoint)["below"]], "memory": memory, "traces": []}
+        values = {"name": folder.resolve().name, "path": str(path), "embedded": embedded}
+        return render("live.html.j2", values), NO_DATA
+    return page({**found, "live": True, "memory": memory}), found
 
 
 def _known(task: str, asked: Sequence[EvalRecipe], loaded: Checkpoint) -> Mapping[str, Trace]:
@@ -134,8 +152,6 @@ def _known(task: str, asked: Sequence[EvalRecipe], loaded: Checkpoint) -> Mappin
 
 
 def _search(settings: EvalRecipe) -> Any:
-    if settings.memory != "recall":
-        note(f"memory {settings.memory}: here the model recalls, and what a search finds is offered line by line")
     if not settings.corpus:
         return None
     from memreason.retrieve.outside import open_retriever

@@ -162,4 +162,4 @@ VERBS = {
     ),
 }
 VERBS |= {name: Verb(*row) for name, row in (INSIDE | LABEL | DATA | PUBLISH | SCALE).items()}
-GROUPS = {"data": "questions and traces", "models": "base models"}
+GROUPS = {"data": "questions and traces", "lm-eval": "files of lm-evaluation-harness", "models": "base models"}

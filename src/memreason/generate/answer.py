@@ -20,7 +20,7 @@ from memreason.encode.codec import Codec
 from memreason.generate.engines import generate
 from memreason.generate.rows import Engine, Generation, Retrieved
 
-__all__ = ["answer_questions", "read_samples"]
+__all__ = ["answer_questions", "read_samples", "with_sources"]
 
 Sample = dict[str, Any]
 
@@ -96,7 +96,7 @@ def _sample(codec: Codec, generation: Generation) -> Sample:
     (where its text begins, behind its blocks). Ids of a retrieved line have no figures (null); its step has the
     passage's id as `source`, and `recalled` holds what the model had written there: step, text, sureness.
     """
-    trace, recalled = _with_sources(codec.parse(generation.question, generation.ids), generation.retrieved)
+    trace, recalled = with_sources(codec.parse(generation.question, generation.ids), generation.retrieved)
     if not generation.logprobs:
         trace = replace(trace, faults=("question over the limit",))
     given = len(generation.ids) - len(generation.logprobs)
@@ -114,8 +114,11 @@ def _rounded(values: Sequence[float], digits: int) -> list[float | None]:
     return [round(value, digits) if math.isfinite(value) else None for value in values]
 
 
-def _with_sources(trace: Trace, retrieved: Sequence[Retrieved]) -> tuple[Trace, dict[str, Any]]:
-    """A parsed trace with the sources of its retrieved lines, and the model's own lines that they replaced."""
+def with_sources(trace: Trace, retrieved: Sequence[Retrieved]) -> tuple[Trace, dict[str, Any]]:
+    """A parsed trace with the sources of its retrieved lines, and {"recalled": the model's own lines there}, if any.
+
+    Places of `retrieved` are those among the ids that were parsed.
+    """
     steps, recalled = list(trace.steps), []
     for number, (first, last) in enumerate(trace.meta["spans"]):
         for one in retrieved:

@@ -40,9 +40,11 @@ def connected(workers: int) -> Any:
         try:
             with _muted():
                 ray.init(**how)
-        except (ConnectionError, RuntimeError, ValueError) as error:
-            where = f"RAY_ADDRESS={address}" if address else "Ray does not start here"
-            raise EngineError(f"{where}: {reason(error)}") from error
+        except Exception as error:  # Ray raises this very class for what goes wrong at its start
+            where, remedy = "Ray does not start here", ""
+            if address:
+                where, remedy = f"RAY_ADDRESS={address}", ". RAY_AUTH_TOKEN must be the cluster's, if it has one"
+            raise EngineError(f"{where}: {reason(error)}{remedy}") from error
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # what goes wrong is raised
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = context.print_on_execution_start = False

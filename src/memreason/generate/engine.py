@@ -15,7 +15,7 @@ answer is that of plain decoding, in fewer passes.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from itertools import chain
 from typing import Any
 
@@ -46,7 +46,7 @@ def decode(
     waiting: deque[Row],
     settings: EvalRecipe,
     more: Callable[[], bool] = lambda: False,
-) -> Iterator[list[Row]]:
+) -> Generator[list[Row], None, None]:
     """Take rows from the queue until it is empty and all have ended; yield those that ended, after each pass.
 
     Between two passes rows may be put into the queue, and those in flight be read. When nothing is left, `more` is

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from functools import cache, partial
 from typing import Any, NamedTuple
 
@@ -97,19 +98,23 @@ def _passes(
         begin()
         return bool(ready)
 
+    def again() -> bool:
+        return resume() or bool(more and more() and resume())
+
     begin()
-    for ended in decode(model, codec, ready, settings, lambda: resume() or bool(more and more() and resume())):
-        for row in ended:
-            line = read(row) if len(row.ids) < row.limit else None
-            stopped += [(row, line)] if line else []
-            finished += [] if line else [row]
-        if len(stopped) * 4 >= enough:
-            resume()
-        for row in finished:
-            del prompts[id(row)]
-        yield [*finished]
-        finished.clear()
-        begin()
+    with closing(decode(model, codec, ready, settings, again)) as passes:  # it holds the model till then
+        for ended in passes:
+            for row in ended:
+                line = read(row) if len(row.ids) < row.limit else None
+                stopped += [(row, line)] if line else []
+                finished += [] if line else [row]
+            if len(stopped) * 4 >= enough:
+                resume()
+            for row in finished:
+                del prompts[id(row)]
+            yield [*finished]
+            finished.clear()
+            begin()
     yield finished
 
 

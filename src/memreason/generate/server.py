@@ -12,7 +12,6 @@ of tokens: a tokenizer without the blocks takes them apart.
 from __future__ import annotations
 
 import os
-import re
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -153,9 +152,7 @@ def _message(codec: Codec, row: Row) -> str:
     # Codec's own: a codec that gives lines (onward.py) calls all of it the question
     if row.pending != Codec.question_ids(codec, row.question) + Codec.opening(codec):
         raise EngineError("this server takes chat messages only, which cannot hold the lines that are given here")
-    text, template = codec.scheme.question_text(row.question), codec.scheme.question_template
-    before, *_, behind = re.split(r"\{question\}|\{choices\}", template)
-    return text.removeprefix(before).removesuffix(behind)
+    return codec.scheme.message(row.question)
 
 
 WAYS: dict[str, Callable[[Codec, Row], Json]] = {
@@ -190,10 +187,13 @@ def _way_of(client: openai.OpenAI, codec: Codec, settings: EvalRecipe, row: Row)
 
 
 def _listed(client: openai.OpenAI) -> list[str]:
-    """Names of the models that the server has; none where it does not tell."""
+    """Names of the models that the server has; none where it does not tell, or cannot (Transformers' answers 500 where
+    there is no hub cache)."""
     try:
         return [one.id for one in client.with_options(max_retries=2, timeout=30).models.list()]
-    except (openai.NotFoundError, openai.UnprocessableEntityError, openai.BadRequestError):
+    except openai.APIStatusError as error:
+        if error.status_code not in REFUSALS:
+            raise
         return []
 
 

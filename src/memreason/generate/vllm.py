@@ -66,8 +66,8 @@ def _engine(folder: str, length: int, in_flight: int, dtype: str, heads: int) ->
         import vllm
     except ImportError as error:
         raise EngineError(
-            f"eval.engine vllm: vLLM cannot be imported ({error}). pip install 'memreason[vllm]'; on a CPU see "
-            "docs/interop.md. Or ask a server: --eval.engine openai"
+            f"eval.engine vllm: vLLM cannot be imported ({error}). It wants an environment of its own, with an older "
+            "Transformers: docs/interop.md says how. Or ask a server that runs there: --eval.engine openai"
         ) from error
     gpus = max(1, torch.cuda.device_count())
     llm = vllm.LLM(

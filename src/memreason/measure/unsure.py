@@ -12,8 +12,9 @@ from memreason.core.trace import MEMORY, Trace
 from memreason.measure.confidence import auroc, checked_lines, line_figures
 from memreason.measure.score import score_trace
 
-__all__ = ["QUANTILES", "calibrated", "retrieved_share", "youden"]
+__all__ = ["CALIBRATION", "QUANTILES", "calibrated", "retrieved_share", "youden"]
 
+CALIBRATION = "calibration.json"  # beside a checkpoint's weights
 QUANTILES = (10, 25, 50, 75)  # per cent of the lines that were least sure
 CHECKED, BY_ANSWER = "lines checked against the facts", "lines of wrong against those of right answers"
 

@@ -2,14 +2,13 @@
 the traces that were trained.
 
 What stands in the message is what stands between the texts of the scheme's question template: the question, and where
-it has choices, these as the scheme prints them (`message`).
+it has choices, these as the scheme prints them (`TokenScheme.message`).
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
 from typing import Any
 
 from memreason.core.errors import CheckpointError
@@ -17,7 +16,7 @@ from memreason.core.trace import Question
 from memreason.encode.codec import Codec
 from memreason.encode.scheme import PREFIX
 
-__all__ = ["chat_ids", "chat_template", "message", "prompt_ids"]
+__all__ = ["chat_ids", "chat_template", "prompt_ids"]
 
 TEMPLATE = """\
 {%- set users = messages | selectattr('role', 'equalto', 'user') | list -%}
@@ -33,12 +32,6 @@ TEMPLATE = """\
 PROBE = (Question("Is Lima the capital of Peru?", ""), Question("2 + 3?", ""), Question("Ünïcode “?”", ""))
 
 
-def message(codec: Codec, question: Question) -> str:
-    """What a user writes to ask this question: its text, and its choices as the model was shown them."""
-    before, behind = _around(codec)
-    return codec.scheme.question_text(question).removeprefix(before).removesuffix(behind).strip()
-
-
 def prompt_ids(codec: Codec, question: Question) -> list[int]:
     """The prompt as it was trained: the question, and the block that opens the trace."""
     return codec.question_ids(question) + codec.opening()
@@ -46,13 +39,13 @@ def prompt_ids(codec: Codec, question: Question) -> list[int]:
 
 def chat_template(codec: Codec) -> str:
     """Raises CheckpointError if no text gives the ids of the trained prompt with this tokenizer."""
-    before, behind = _around(codec)
+    before, behind = codec.scheme.around_question
     special = codec.tokenizer.convert_ids_to_tokens(codec.opening_special_ids)
     opening = codec.scheme.block_separator.join(codec.scheme.blocks.get(PREFIX, ()))
     for lead in ("", " "):  # some tokenizers put a space before a text only where it stands alone, not behind a BOS
         texts = {"BEFORE": "".join(special) + lead + before, "BEHIND": behind, "OPENING": opening}
         made = re.sub("BEFORE|BEHIND|OPENING", lambda name, texts=texts: _quoted(texts[name[0]]), TEMPLATE)  # type: ignore[misc]
-        if all(chat_ids(codec.tokenizer, message(codec, one), made) == prompt_ids(codec, one) for one in PROBE):
+        if all(chat_ids(codec.tokenizer, codec.scheme.message(one), made) == prompt_ids(codec, one) for one in PROBE):
             return made
     raise CheckpointError("this tokenizer reads no text as the trained prompt, so that a chat template cannot be made")
 
@@ -62,12 +55,6 @@ def chat_ids(tokenizer: Any, text: str, template: str | None = None) -> list[int
     asked = [{"role": "user", "content": text}]
     settings = {"add_generation_prompt": True, "tokenize": True, "return_dict": False}
     return list(tokenizer.apply_chat_template(asked, chat_template=template, **settings))
-
-
-def _around(codec: Codec) -> Sequence[str]:
-    """What the question template puts before and behind a question."""
-    before, *_, behind = re.split(r"\{question\}|\{choices\}", codec.scheme.question_template)
-    return before, behind
 
 
 def _quoted(text: str) -> str:

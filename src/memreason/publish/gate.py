@@ -20,7 +20,7 @@ from memreason.core.trace import Question
 from memreason.encode.codec import Codec
 from memreason.finetune.checkpoint import Checkpoint
 from memreason.generate.engines import generate
-from memreason.publish.chat import message, prompt_ids
+from memreason.publish.chat import prompt_ids
 
 __all__ = [
     "LOGITS_WITHIN", "Before", "ask_adapter", "check_blocks", "check_logits", "check_rows", "check_traces",
@@ -105,7 +105,7 @@ def check_traces(
     is an adapter of it.
     """
     questions, opening = before.questions, codec.opening()
-    found = _fresh(folder, base, [message(codec, question) for question in questions], settings.max_new_tokens)
+    found = _fresh(folder, base, [codec.scheme.message(question) for question in questions], settings.max_new_tokens)
     if found["prompts"] != [prompt_ids(codec, question) for question in questions]:
         raise ExportError("the chat template does not give the trained prompt")
     theirs = [_trace(codec, opening + ids) for ids in found["ids"]]

@@ -10,7 +10,7 @@ from markupsafe import Markup, escape
 
 from memreason.measure.stats import wilson
 
-__all__ = ["curve", "difference", "heat", "interval", "reliability", "stack"]
+__all__ = ["curve", "difference", "heat", "interval", "reliability", "retrieval", "stack"]
 
 Point = tuple[float, float]
 HEIGHT = 170  # pixels of a plot
@@ -100,6 +100,11 @@ def _dots(points: Sequence[Point], titles: Sequence[str]) -> list[Markup]:
     ]
 
 
+def _whisker(x: float, ends: Sequence[float]) -> Markup:
+    low, high = (f"{HEIGHT * (1 - end):.1f}" for end in ends)
+    return _tag("line", class_="whisker thin", x1=_percent(x), x2=_percent(x), y1=low, y2=high)
+
+
 def curve(name: str, points: Sequence[Point], *, last: float, top: float, dotted: bool = False) -> Markup:
     """Values by step, from step 0 to `last` and from 0 to `top`; with dots where the points are few."""
     shares = [(step / last, min(1.0, value / top)) for step, value in points]
@@ -118,15 +123,34 @@ def reliability(bins: Sequence[Mapping[str, Any]]) -> Markup:
     titles, whiskers = [], []
     for (x, _), one in zip(points, bins, strict=True):
         titles.append(f"confidence {one['mean_confidence']:.3f}: {one['share_true']:.3f} true of {one['n']:,}")
-        ends = wilson(round(one["share_true"] * one["n"]), one["n"])
-        heights = [f"{HEIGHT * (1 - end):.1f}" for end in ends]
-        place = {"x1": _percent(x), "x2": _percent(x), "y1": heights[0], "y2": heights[1]}
-        whiskers.append(_tag("line", class_="whisker thin", **place))
+        whiskers.append(_whisker(x, wilson(round(one["share_true"] * one["n"]), one["n"])))
     across = [(share, f"{low + (1 - low) * share:.2g}") for share in (0.0, 0.5, 1.0)]
     up = [(share, f"{share:.1f}") for share in (0.0, 0.5, 1.0)]
     lines = [_path([(0, low), (1, 1)], "diagonal"), _path(points, "curve")]
     parts = [*_axes(across, up), *lines, *whiskers, *_dots(points, titles)]
     return _picture("share of true lines by confidence: " + "; ".join(titles), HEIGHT + 22, *parts, style="plot")
+
+
+def retrieval(points: Sequence[Mapping[str, Any]]) -> Markup:
+    """Accuracy, from a round number up to 1, against the share of memory lines retrieved; a ring around what the
+    calibrated threshold gives."""
+    low = min(0.9, int(10 * min(one["interval"][0] for one in points)) / 10)
+
+    def up(accuracy: float) -> float:
+        return (accuracy - low) / (1 - low)
+
+    places = [(one["retrieved"], up(one["accuracy"])) for one in points]
+    titles, parts = [], [_path(places, "curve")]
+    for (x, y), one in zip(places, points, strict=True):
+        told = f"{one['name']}: {one['retrieved']:.3f} of lines retrieved, accuracy {one['accuracy']:.3f}"
+        titles.append(f"{told} ({one['interval'][0]:.3f} to {one['interval'][1]:.3f})")
+        parts.append(_whisker(x, [up(end) for end in one["interval"]]))
+        if one["name"] == "calibrated":
+            parts.append(_tag("circle", class_="ring", cx=_percent(x), cy=f"{HEIGHT * (1 - y):.1f}", r=10))
+    ticks = [(share, f"{low + (1 - low) * share:.2f}") for share in (0.0, 0.5, 1.0)]
+    across = [(0.0, "none retrieved"), (0.5, "half"), (1.0, "all")]
+    told = "accuracy by share of memory lines retrieved: " + "; ".join(titles)
+    return _picture(told, HEIGHT + 22, *_axes(across, ticks), *parts, *_dots(places, titles), style="plot")
 
 
 def heat(names: Sequence[str], rows: Sequence[Sequence[float | None]]) -> Markup:

@@ -16,11 +16,12 @@ from memreason.data.atlas import memory_line_true
 from memreason.measure.confidence import line_figures
 from memreason.measure.score import score_trace
 from memreason.measure.stats import mcnemar_exact, paired_bootstrap, wilson
+from memreason.measure.unsure import CALIBRATION
 
-__all__ = ["UNSURE", "gather"]
+__all__ = ["UNSURE", "evaluations", "flagged_below", "gather"]
 
-# A line is flagged whose tokens have less probability than this, in the geometric mean. In the demo run 8 of 37
-# memory lines below it are true, and 129 of 139 above.
+# A line is flagged whose tokens have less probability than this, in the geometric mean, where nothing was calibrated.
+# In the demo run 8 of 37 memory lines below it are true, and 129 of 139 above.
 UNSURE = 0.9
 FINDINGS = ("faults", "confidence", "attention", "probe")  # files beside the samples, each of its own command
 Row = dict[str, Any]
@@ -29,15 +30,16 @@ Row = dict[str, Any]
 def gather(paths: Sequence[Path | str]) -> dict[str, Any]:
     """All that a page shows of these runs, checkpoints or evaluation folders, as plain values.
 
-    {"runs": [each with its settings, learning curve and evaluations], "comparisons": [each later run against the
-    first], "unsure": the probability under which a line is flagged, "traces": [one object a question (and sample), its
-    `of` holding what each run made of it, or None]}. Of several evaluations of a checkpoint on a task and split the
-    newest counts. Raises CheckpointError for a folder that holds none.
+    {"runs": [each with its settings, learning curve, evaluations, curves of retrieval, and `unsure`: under which
+    probability a line is flagged], "comparisons": [each later run against the first], "traces": [one object a question
+    (and sample), its `of` holding what each run made of it, or None]}. Of several evaluations of a checkpoint on a task
+    and split the newest counts; one with retrieved lines that a curve was drawn from only where there is no other.
+    Raises CheckpointError for a folder that holds none.
     """
     rows: dict[tuple[str, int], Row] = {}
     runs = []
     for place, path in enumerate(map(Path, paths)):
-        folders = _evaluations(path)
+        folders = evaluations(path)
         runs.append(_run(path, folders))
         for folder in folders:
             for key, question, trace in _traces(folder):
@@ -48,7 +50,6 @@ def gather(paths: Sequence[Path | str]) -> dict[str, Any]:
     found = {
         "runs": runs,
         "comparisons": [one for place in later for one in _comparisons(runs, place, traces)],
-        "unsure": UNSURE,
         "traces": traces,
     }
     clean: dict[str, Any] = _finite(found)
@@ -73,18 +74,37 @@ def _checkpoint(path: Path) -> Path:
     return max(evaluated, key=lambda one: int(re.sub(r"\D", "", one.name) or 0), default=path)
 
 
-def _evaluations(path: Path) -> list[Path]:
+def evaluations(path: Path) -> list[Path]:
     """Folders with results, one for each task and split, in the order of their names."""
     if not path.is_dir():
         raise CheckpointError(f"{path}: no such run, checkpoint or evaluation")
     if (path / "samples.jsonl").is_file() and (path / "results.json").is_file():
         return [path]
     within = path if (path / "eval").is_dir() else _checkpoint(path)
-    found = sorted(within.glob("eval/*/results.json"), key=lambda one: (one.stat().st_mtime, one))
+    points = {Path(one["folder"]).name for curve in _drawn(within) for one in curve["points"] if one["retrieved"]}
+
+    def age(one: Path) -> tuple[bool, float, Path]:
+        return one.parent.name not in points, one.stat().st_mtime, one
+
+    found = sorted(within.glob("eval/*/results.json"), key=age)
     newest = {(results["task"], results["split"]): one.parent for one in found for results in [read_json(one)]}
     if not newest:
         raise CheckpointError(f"{path}: holds no evaluation. Make one first: memreason eval {path}")
     return sorted(newest.values())
+
+
+def _drawn(checkpoint: Path) -> list[Row]:
+    """Every curve of retrieval of a checkpoint, the oldest first."""
+    found = sorted(checkpoint.glob("retrieve/*/curve.json"), key=lambda one: (one.stat().st_mtime, one))
+    return [read_json(one) for one in found]
+
+
+def flagged_below(checkpoint: Path) -> Row:
+    """Below which probability a checkpoint's lines are flagged as unsure, and where that was calibrated, if it was."""
+    found = _optional(checkpoint / CALIBRATION)
+    if found is None:
+        return {"below": UNSURE, "on": None}
+    return {"below": _probability(found["threshold"]), "on": f"{Path(found['task']).stem} / {found['split']}"}
 
 
 def _optional(path: Path) -> Any:
@@ -102,6 +122,8 @@ def _run(path: Path, folders: Sequence[Path]) -> dict[str, Any]:
         "recipe": recipe.read_text(encoding="utf-8") if recipe else None,
         "manifest": _optional(run / "manifest.json"),
         "curve": _curve(run, checkpoint),
+        "unsure": flagged_below(checkpoint),
+        "retrieval": list({(one["task"], one["split"], one["corpus"]): one for one in _drawn(checkpoint)}.values()),
         "evaluations": [_evaluation(folder) for folder in folders],
     }
 
@@ -157,6 +179,7 @@ def _question(trace: Trace, key: tuple[str, int]) -> Row:
 def _made(trace: Trace, sample: Row, fault: Row) -> Row:
     """What a run made of a question: the lines with their figures, the verdict and how it was found."""
     score, checkable = score_trace(trace), trace.question.task == "atlas"
+    own = {one["step"]: one["text"] for one in sample["meta"].get("recalled", ())}
     figures = line_figures(sample)
     lines = []
     for place, step in enumerate(trace.steps):
@@ -166,7 +189,7 @@ def _made(trace: Trace, sample: Row, fault: Row) -> Row:
         line |= {name: _rounded(known.get(name)) for name in ("entropy", "margin")}
         if memory:
             line["fact"] = memory_line_true(step.text) if checkable else None
-        lines.append({**line, **({"source": step.source} if step.source else {})})
+        lines.append({**line, **({"source": step.source, "own": own.get(place)} if step.source else {})})
     return {
         "verdict": score.verdict,
         "extracted": score.extracted,

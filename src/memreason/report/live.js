@@ -4,8 +4,7 @@
 "use strict";
 (() => {
   const LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ";
-  const data = document.getElementById("data");
-  const { unsure = 0.9, traces = [] } = data ? JSON.parse(data.textContent) : {};
+  const { unsure, memory, traces } = JSON.parse(document.getElementById("data").textContent);
   const example = traces.length ? traces[0].question : "";
   let numbered = 0;
 
@@ -114,12 +113,14 @@
   // The same element as the page's own for a line of a trace.
   function drawLine(line) {
     const known = typeof line.p === "number";
-    const doubt = known && line.p < unsure;
+    const doubt = known && line.p < unsure[0]; // of one run
     const below = [];
     if (typeof line.fact === "boolean") below.push(make("span", String(line.fact), line.fact ? "✓ true" : "✗ false"));
     if (doubt) below.push(make("span", "doubt", "? unsure"));
     if (line.given) below.push(make("span", "", line.source ? `given, from ${line.source}` : "given"));
     else if (line.differs) below.push(make("span", "", "≠ differs"));
+    if (line.source && !line.given) below.push(make("span", "source", `retrieved: ${line.source}`));
+    if (line.own) below.push(make("span", "", `the model had: ${line.own}`));
     const classes = `step ${tone(line.kind)}${doubt ? " unsure" : ""}${line.given ? " given" : ""}`;
     const made = make("li", classes, chip(line.kind), said(line.text));
     if (known) made.append(sure(line.p));
@@ -171,7 +172,8 @@
     const title = make("h2", "", "Ask the model");
     title.id = "ask-title";
     box.setAttribute("aria-labelledby", title.id);
-    box.append(title, form, answers);
+    if (memory) box.append(title, make("p", "note", `Memory lines are looked up, ${memory}.`), form, answers);
+    else box.append(title, form, answers);
     return box;
   }
 
@@ -184,9 +186,12 @@
       box.insertBefore(make("ol", "choices", ...body.choices.map((choice) => make("li", "", choice))), tail);
     }
     answers.prepend(box);
-    tell(told, "writing …");
+    const show = (so) => {
+      drawTail(tail, so, 0);
+      tell(told, so.begun ? "writing …" : "waiting for the model …");
+    };
     try {
-      const trace = await stream("/ask", body, leaving.signal, (so) => drawTail(tail, so, 0));
+      const trace = await stream("/ask", body, leaving.signal, show);
       trace.lines.forEach((line, place) => tools(trace, place, tail.children[place]));
       tell(told, trace.faults.length ? `done; ${trace.faults.join(", ")}` : "done");
     } catch (error) {

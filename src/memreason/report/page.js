@@ -188,7 +188,10 @@
     if (row.form) under.push(make("span", {}, row.form));
     const shape = one.lines.map((line) => make("i", { class: line.fact === false ? "false" : tone(line.kind) }));
     under.push(make("span", { class: "shape", "aria-hidden": "true" }, shape));
-    if (one.p !== null) under.push(make("span", { class: one.p < data.unsure ? "doubt" : "" }, one.p.toFixed(2)));
+    if (one.p !== null) {
+      const doubt = one.p < data.unsure[row.of.indexOf(one)];
+      under.push(make("span", { class: doubt ? "doubt" : "" }, one.p.toFixed(2)));
+    }
     const asked = make("span", { class: "asked" }, marked(row.question));
     const element = make("div", about, asked, make("span", { class: "under" }, under));
     element.style.top = `${place * ROW}px`;
@@ -267,7 +270,7 @@
     if (!one) return make("article", {}, name, make("p", { class: "note" }, "This run was not asked."));
     const others = row.of.filter((other) => other && other !== one);
     const lacks = (text) => others.some((other) => !other.lines.some((line) => line.text === text));
-    const lines = one.lines.map((line) => step(line, lacks(line.text)));
+    const lines = one.lines.map((line) => step(line, lacks(line.text), data.unsure[run]));
     lines.push(last(one.prediction));
     const list = make("ol", { class: "lines" }, lines);
     return make("article", {}, name, verdict(row, one), list, evidence(one), anew(one));
@@ -293,13 +296,14 @@
 
   const FACTS = { true: "✓ true", false: "✗ false", null: "not checkable" };
 
-  function step(line, differs) {
-    const doubt = line.p !== null && line.p < data.unsure;
+  function step(line, differs, unsure) {
+    const doubt = line.p !== null && line.p < unsure;
     const below = [];
     if ("fact" in line) below.push(make("span", { class: String(line.fact) }, FACTS[line.fact]));
     if (doubt) below.push(make("span", { class: "doubt" }, "? unsure"));
     if (differs) below.push(make("span", {}, "≠ differs"));
-    if (line.source) below.push(make("span", {}, `retrieved: ${line.source}`));
+    if (line.source) below.push(make("span", { class: "source" }, `retrieved: ${line.source}`));
+    if (line.own) below.push(make("span", {}, `the model had: ${line.own}`));
     const figures = ["entropy", "margin"].filter((name) => typeof line[name] === "number");
     const said = figures.map((name) => `${name} ${line[name].toFixed(2)}`).join(", ");
     if (said) below.push(make("span", {}, said));

@@ -40,7 +40,8 @@ def page(data: Mapping[str, Any]) -> str:
     embedded = {
         "live": bool(data.get("live")),
         "runs": [run["name"] for run in runs],
-        "unsure": data["unsure"],
+        "unsure": [run["unsure"]["below"] for run in runs],
+        "memory": data.get("memory", ""),
         "traces": data["traces"],
     }
     values = {
@@ -102,6 +103,7 @@ def _sections(data: Mapping[str, Any]) -> dict[str, str]:
         "between": ("Between runs", bool(data["comparisons"])),
         "faults": ("Faults", any(one["faults"] for one in evaluations)),
         "confidence": ("Confidence", any(one["confidence"] for one in evaluations)),
+        "retrieval": ("Memory from outside", any(run["retrieval"] for run in data["runs"])),
         "attention": ("Attention", any(one["attention"] for one in evaluations)),
         "probe": ("Interventions", any(one["probe"] for one in evaluations)),
         "learning": ("Learning", curves),

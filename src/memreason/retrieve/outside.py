@@ -13,13 +13,13 @@ from memreason.core.files import read_json
 from memreason.core.recipe import EvalRecipe
 from memreason.generate.recall import retrieving
 from memreason.generate.rows import Engine
+from memreason.measure.unsure import CALIBRATION
 from memreason.retrieve.corpus import corpus_hash
 from memreason.retrieve.passage import Retriever, searching
 
-__all__ = ["CALIBRATION", "FIELDS", "Outside", "open_retriever", "outside"]
+__all__ = ["FIELDS", "Outside", "open_retriever", "outside"]
 
 FIELDS = {"memory", "corpus", "retrieved", "unsure_below"}  # of an EvalRecipe
-CALIBRATION = "calibration.json"  # beside a checkpoint's weights
 
 
 class Outside(NamedTuple):

@@ -124,11 +124,11 @@ class _Stream(StreamingResponse):
 
 
 async def _grown(request: Request, woken: asyncio.Event) -> AsyncIterator[str]:
-    told = -1
+    told = (-1, -1)
     while True:
         woken.clear()
-        if request.ended or len(request.row.taken) > told:
-            told = len(request.row.taken)
+        if request.ended or request.mark() != told:
+            told = request.mark()
             event = request.so_far()
             yield json.dumps(event, ensure_ascii=False) + "\n"
             if event["done"]:

@@ -7,13 +7,15 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from memreason.core.errors import MemreasonError
 from memreason.core.recipe import EvalRecipe
 from memreason.core.trace import MEMORY, Question, Step, Trace
 from memreason.data.atlas import memory_line_true
 from memreason.encode.codec import Codec
+from memreason.generate.answer import with_sources
 from memreason.generate.engine import decode
 from memreason.generate.onward import PromptCodec, begun_ids
 from memreason.generate.rows import Row, start
@@ -43,40 +45,60 @@ class Request:
         self.given = codec.opening() if steps is None else begun_ids(codec, Trace(question, tuple(steps)))
         if steps is not None:
             codec = PromptCodec(codec, {question.id: codec.question_ids(question) + self.given})
-        self.row: Row = start(codec, question, 0, settings, room, lambda _: self.gone)
+        self.row: Row = start(codec, question, 0, settings, room, self._leaves)
+
+    def _leaves(self, _: Sequence[int]) -> bool:
+        """Asked at each token, also in the middle of a pass (a whole batch, where Transformers decodes)."""
+        self.wake()
+        return self.gone
+
+    def mark(self) -> tuple[int, int]:
+        """Differs where there is more to tell than before."""
+        return len(self.row.taken), len(self.row.retrieved)
 
     def so_far(self) -> dict[str, Any]:
         """What stands there by now, as one JSON object.
 
-        Lines that were given have no confidence. `fact` is whether a whole memory line is true, where that is known
-        (atlas); `verdict` that of the whole answer, where the gold one is known.
+        Lines that were given or retrieved have no confidence; of a retrieved one `own` is what the model had written.
+        `fact` is whether a whole memory line is true, where that is known (atlas); `verdict` that of the whole answer,
+        where the gold one is known; `begun` whether the model has written anything yet.
         """
         ended = self.ended  # before the ids: what is called done must be whole
-        taken = list(self.row.taken)
-        trace = self.codec.parse(self.question, [*self.given, *(one.token for one in taken)])
+        taken, given = list(self.row.taken), len(self.given)
+        parsed = self.codec.parse(self.question, [*self.given, *(one.token for one in taken)])
+        places = [one._replace(place=given + one.place, end=given + one.end) for one in self.row.retrieved]
+        trace, recalled = with_sources(parsed, places)
+        own = {one["step"]: one["text"] for one in recalled.get("recalled", ())}
         begun = not ended and NO_PHRASE in trace.faults  # of the answer's phrase only a part stands there
         names = {"logprobs": "logprob", "entropies": "entropy", "margins": "margin"}
-        figures = {name: [getattr(one, field) for one in taken] for name, field in names.items()}
-        found = line_figures({"meta": {**trace.meta, "given": len(self.given)}, **figures})
+        figures = {name: [_known(getattr(one, field)) for one in taken] for name, field in names.items()}
+        found = line_figures({"meta": {**trace.meta, "given": given}, **figures})
         return {
             "id": self.question.id,
             "question": self.question.text,
             "choices": list(self.question.choices) if self.question.choices else None,
             "answer": None if self.question.answer == UNKNOWN else self.question.answer,
             "verdict": score_trace(trace).verdict if ended and self.question.answer != UNKNOWN else None,
-            "steps": [self._line(trace, place, line["logprob"]) for place, line in enumerate(found)],
+            "steps": [self._line(trace, place, line["logprob"], own) for place, line in enumerate(found)],
             "prediction": "" if begun else trace.prediction,
             "faults": list(trace.faults) if ended else [],
+            "begun": bool(taken),
             "done": ended,
             **({"error": self.error} if self.error else {}),
         }
 
-    def _line(self, trace: Trace, place: int, logprob: float | None) -> dict[str, Any]:
+    def _line(self, trace: Trace, place: int, logprob: float | None, own: Mapping[int, str]) -> dict[str, Any]:
         step, whole = trace.steps[place], self.ended or trace.prediction or place < len(trace.steps) - 1
         line = {**step.to_json(), "confidence": None if logprob is None else round(math.exp(logprob), 4)}
+        line |= {"own": own[place]} if place in own else {}
         if MEMORY in step.kinds:
             line["fact"] = memory_line_true(step.text) if whole and self.question.task == "atlas" else None
         return line
+
+
+def _known(value: float) -> float | None:
+    """None for nan: of a token that the model did not choose nothing is known."""
+    return None if math.isnan(value) else value
 
 
 def _nobody() -> None:
@@ -84,10 +106,19 @@ def _nobody() -> None:
 
 
 class Live:
-    """The model at work. `limit` is how many requests may be open, in flight or waiting for a place."""
+    """The model at work. `limit` is how many requests may be open, in flight or waiting for a place; `engine` is
+    `decode`, or what retrieves memory lines on the way (generate/recall.py)."""
 
-    def __init__(self, model: Any, codec: Codec, settings: EvalRecipe, *, limit: int) -> None:
-        self.model, self.codec, self.limit = model, codec, limit
+    def __init__(
+        self,
+        model: Any,
+        codec: Codec,
+        settings: EvalRecipe,
+        *,
+        limit: int,
+        engine: Callable[..., Iterator[list[Row]]] = decode,
+    ) -> None:
+        self.model, self.codec, self.limit, self.engine = model, codec, limit, engine
         self.settings = settings.model_copy(update={"n_samples": 1})
         self.room = getattr(model.config, "max_position_embeddings", None)
         self.open: list[Request] = []
@@ -107,7 +138,7 @@ class Live:
     def put(self, request: Request, wake: Callable[[], None]) -> bool:
         """Open a request; False if as many are open as may be, or none is taken any more.
 
-        `wake` is called from the thread of the model after each pass.
+        `wake` is called from the thread of the model at each token, and when the row has ended.
         """
         with self.changed:
             if self.closing or len(self.open) >= self.limit:
@@ -145,12 +176,13 @@ class Live:
         again = True
         while again:
             try:
-                for ended in decode(self.model, self.codec, self.waiting, self.settings, more=self._more):
+                for ended in self.engine(self.model, self.codec, self.waiting, self.settings, more=self._more):
                     self._tell(ended)
                 again = False
             except Exception as error:  # what one request does must not end the service: all are told, it goes on
                 log.exception("the model failed")
-                self._fail(f"the model failed: {type(error).__name__}: {error}")
+                ours = isinstance(error, MemreasonError)  # such as of a retrieval server
+                self._fail(str(error) if ours else f"the model failed: {type(error).__name__}: {error}")
                 again = self._more()
 
     def _more(self) -> bool:

@@ -7,14 +7,12 @@ from typing import Any
 import psutil
 
 from memreason.timing.job import Job
+from memreason.timing.rehearsal import Pass
 from memreason.timing.skeleton import Sizes, sizes
 
 __all__ = ["cache_bytes", "footprint", "remedies", "usable"]
 
 CONTEXT = 0.8 * 2**30  # bytes of a GPU that its driver and the libraries take
-# A processor's heap keeps freed memory (see fast/memory.py), and passes of other sizes leave holes in it: bytes of
-# holes for each that lives in small tensors. Set on one training, checked on others (docs/performance.md).
-HOLES = 1.0
 SPARE = 0.05  # share of a GPU that its allocator cannot hand out: pieces between others
 ROOM = 32  # positions by which the engine's memory of keys and values grows
 
@@ -26,8 +24,14 @@ def usable(job: Job) -> float:
 def footprint(job: Job) -> dict[str, float]:
     """Bytes on one device at the peak of training, by what holds them; `total` is their sum."""
     one = job.rehearsed(job.passes.largest)
-    activations = one.peak + (HOLES * one.heap if job.machine.cpu else 0)
-    return _shared_out(job, sizes(job.model(), job.recipe), activations)
+    size = sizes(job.model(), job.recipe)
+    return _shared_out(job, size, _activations(job, one, size))
+
+
+def _activations(job: Job, one: Pass, size: Sizes) -> float:
+    """What lives beside weights, gradients and states: where gradients are made as activations go, the rest of both."""
+    held = one.heap if job.machine.cpu else one.peak
+    return held if job.passes.several else max(0.0, held - size.gradients)
 
 
 def _shared_out(job: Job, size: Sizes, activations: float) -> dict[str, float]:
@@ -93,7 +97,8 @@ def _sharded(job: Job) -> list[tuple[str, int | None, dict[str, Any]]]:
     if not counts:
         return []
     first = job.changed(counts[0], **change)
-    size, activations = sizes(first.model(), first.recipe), first.rehearsed(first.passes.largest).peak
+    size = sizes(first.model(), first.recipe)
+    activations = _activations(first, first.rehearsed(first.passes.largest), size)
     for count in counts:
         other = job.changed(count, **change)
         if _shared_out(other, size, activations)["total"] <= usable(other):

@@ -26,10 +26,11 @@ CAPS = ("final_logit_softcapping", "logit_scale", "logits_scaling")  # with them
 
 
 class Passes(NamedTuple):
-    """Passes forth and back of one device: how many an epoch has, their tokens on average and those of padding
-    included, the products of a query with a key, and a usual and the largest one."""
+    """Passes forth and back of one device: how many an epoch has, whether a step takes several of them, their tokens
+    on average, those of padding included, and a usual and the largest one."""
 
     an_epoch: int
+    several: bool
     tokens: float
     usual: Shape
     largest: Shape
@@ -96,7 +97,8 @@ class Job:
         shapes = sorted((Shape(one, self.load.supervised, packed, whole, self.half) for one in found), key=_tokens)
         mean = sum(map(_tokens, shapes)) / len(shapes)
         usual = min(shapes, key=lambda shape: abs(shape.tokens - mean))
-        return Passes(-(-len(found) // self.machine.count), mean, usual, shapes[-1])
+        several = self.given["gradient_accumulation_steps"] > 1 or len(found) > -(-len(self.load.lengths) // size)
+        return Passes(-(-len(found) // self.machine.count), several, mean, usual, shapes[-1])
 
     def rehearsed(self, shape: Shape) -> Pass:
         """A pass of training."""
@@ -114,7 +116,9 @@ class Job:
     def _rehearse(self, key: Shape | int, run: Any, pairs: float, **changes: Any) -> Pass:
         if key not in self._known:
             few, layers = alike(self.config), self.config.num_hidden_layers
-            self._known[key] = rehearse(lambda n: self.model(n, **changes), layers, run, pairs, few=few)
+            self._known[key] = rehearse(
+                lambda n: self.model(n, **changes), layers, run, pairs, few=few, kept=self.passes.several
+            )
         return self._known[key]
 
     def changed(self, count: int | None = None, **changes: Any) -> Job:

@@ -2,7 +2,7 @@
 
 Every operation is seen as it would be run: what it computes, what it reads and writes, and which memory lives
 meanwhile. So memory and time follow from the code that will run, for any architecture, method and precision, not from
-rules of thumb. Layers that are alike are rehearsed as two and as four of them: what is counted grows by the same for
+rules of thumb. Layers that are alike are rehearsed as four and as eight of them: what is counted grows by the same for
 each further one.
 """
 
@@ -26,6 +26,10 @@ from memreason.fast.memory import LARGEST
 
 __all__ = ["Operation", "Pass", "rehearse"]
 
+FEW = (4, 8)  # layers that tell of more
+# A processor's heap keeps freed memory (see fast/memory.py), and passes of other sizes leave holes in it: bytes of
+# holes for each that lives in small tensors. Set on one training, checked on others (docs/performance.md).
+HOLES = 0.75
 # Matrix products of a packed attention, and how often each of its weights is written or read, forth and back.
 PRODUCTS, TOUCHES = {"fwd": 2, "bwd": 5}, {"fwd": 6, "bwd": 14}
 
@@ -42,7 +46,7 @@ class Operation(NamedTuple):
 @dataclass(frozen=True)
 class Pass:
     """What a pass takes: floating-point operations, bytes that live at its peak beside weights, gradients and states,
-    those of them in tensors so small that a processor's heap holds them (see fast/memory.py), and its operations."""
+    the same with the holes of a processor's heap, and its operations."""
 
     flops: float
     peak: float
@@ -59,26 +63,33 @@ class Pass:
 
 
 def rehearse(
-    make: Callable[[int], Any], layers: int, run: Callable[[Any], Any], pairs: float, *, few: bool = True
+    make: Callable[[int], Any],
+    layers: int,
+    run: Callable[[Any], Any],
+    pairs: float,
+    *,
+    few: bool = True,
+    kept: bool = True,
 ) -> Pass:
-    """A pass of a model of `layers` layers, `make` giving one of any number of them; with `few`, more than four are
-    told from two and four. `pairs` are those of `Shape`."""
-    if layers <= 4 or not few:
-        return _watch(make(layers), run, pairs)
-    two, four = (_watch(make(count), run, pairs) for count in (2, 4))
-    more = (layers - 2) / 2  # times what two layers add
-    operations = [one._replace(times=1 - more) for one in two.operations]
-    operations += [one._replace(times=more) for one in four.operations]
-    ends = ((two.flops, four.flops), (two.peak, four.peak), (two.heap, four.heap))
-    flops, peak, heap = (low + more * (high - low) for low, high in ends)
+    """A pass of a model of `layers` layers, `make` giving one of any number of them; with `few`, more than eight are
+    told from four and eight. `pairs` are those of `Shape`; `kept` says whether gradients of an earlier pass of the step
+    are held meanwhile: else those that are made count as what lives."""
+    if layers <= FEW[1] or not few:
+        return _watch(make(layers), run, pairs, kept)
+    less, more = (_watch(make(count), run, pairs, kept) for count in FEW)
+    times = (layers - FEW[0]) / (FEW[1] - FEW[0])  # that the layers between the two are added
+    operations = [one._replace(times=1 - times) for one in less.operations]
+    operations += [one._replace(times=times) for one in more.operations]
+    ends = ((less.flops, more.flops), (less.peak, more.peak), (less.heap, more.heap))
+    flops, peak, heap = (low + times * (high - low) for low, high in ends)
     return Pass(flops, peak, heap, tuple(operations))
 
 
-def _watch(model: Any, run: Callable[[Any], Any], pairs: float) -> Pass:
+def _watch(model: Any, run: Callable[[Any], Any], pairs: float, kept: bool) -> Pass:
     with _without_numbers(model) as mode:
         parameters = [p for p in model.parameters() if p.requires_grad]
-        for parameter in parameters:
-            parameter.grad = torch.empty_like(parameter)  # kept from piece to piece
+        for parameter in parameters if kept else ():
+            parameter.grad = torch.empty_like(parameter)
         held = [t for p in model.parameters() for t in (p, p.grad) if t is not None]
         watch = _Watch([*held, *model.buffers()], pairs)
         with mode, watch:
@@ -91,7 +102,7 @@ class _Watch(TorchDispatchMode):
 
     def __init__(self, held: Sequence[torch.Tensor], pairs: float) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.pairs, self.flops, self.now, self.small, self.peak, self.heap = pairs, 0.0, 0, 0, 0, 0
+        self.pairs, self.flops, self.now, self.small, self.peak, self.heap = pairs, 0.0, 0, 0, 0, 0.0
         self.operations: list[Operation] = []
         self.living = {tensor.untyped_storage()._cdata for tensor in held}
 
@@ -117,8 +128,8 @@ class _Watch(TorchDispatchMode):
             return
         self.living.add(key)
         self._count(size)
-        if self.now > self.peak:
-            self.peak, self.heap = self.now, self.small
+        self.peak = max(self.peak, self.now)
+        self.heap = max(self.heap, self.now + HOLES * self.small)
         weakref.finalize(storage, self._gone, key, size).atexit = False
 
     def _gone(self, key: int, size: int) -> None:

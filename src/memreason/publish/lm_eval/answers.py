@@ -40,7 +40,7 @@ def read_answers(resps: Any, docs: Any) -> list[list[str]]:
 
 
 def read_answer(text: str, doc: dict[str, Any]) -> str:
-    """The answer is on the line of the answer block. Where a model writes no blocks, its last "The answer is" counts."""
+    """What stands behind the answer block. Of a model that writes no blocks, the last "The answer is" counts."""
     line = ANSWER.search(text)
     if line is None and BLOCK.search(text):
         return NONE
@@ -49,6 +49,7 @@ def read_answer(text: str, doc: dict[str, Any]) -> str:
     return NONE if found is None else str(found)
 
 
-def no_answer(predictions: list[str], **_: Any) -> float:
-    """A metric: the share of texts without an answer, which exact_match counts as wrong."""
-    return sum(prediction == NONE for prediction in predictions) / len(predictions)
+def score(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
+    """The metrics of one question; a text without an answer counts as wrong and apart."""
+    (answer,) = results
+    return {"exact_match": float(answer == doc["answer"]), "no_answer": float(answer == NONE)}
