@@ -190,11 +190,11 @@ def test_curves_stay_inside_their_section(opened: Open) -> None:
     for width in (1200, 360):
         tab = opened(viewport={"width": width, "height": 800})
         frame = tab.locator("#retrieval").bounding_box()
-        for shape in tab.locator("#retrieval .dot, #retrieval .ring").all():
+        for shape in tab.locator("#retrieval circle").all():
             box = shape.bounding_box()
             assert frame["x"] <= box["x"] and box["x"] + box["width"] <= frame["x"] + frame["width"]
-        colours = tab.locator("#retrieval .ring").evaluate(
-            "(ring) => [getComputedStyle(ring).stroke, getComputedStyle(document.querySelector('.dot')).fill]"
+        colours = tab.locator("#retrieval circle.ring").evaluate(
+            "(ring) => [getComputedStyle(ring).stroke, getComputedStyle(document.querySelector('circle.dot')).fill]"
         )
         assert len(set(colours)) == 2
 

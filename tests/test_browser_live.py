@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from memreason.core.trace import Question, Step, Trace
 from memreason.finetune.checkpoint import load_checkpoint
 from memreason.generate.answer import answer_questions
 from memreason.generate.onward import begun_ids, continue_traces
+from memreason.generate.recall import retrieving
 from memreason.report.gather import gather
 from memreason.report.page import page
 from served import KNOWN, SETTINGS, Served, fluent_run, serving
@@ -157,3 +159,26 @@ def test_what_the_server_refuses_is_said(tab: Any, served: Served, monkeypatch: 
     tab.get_by_role("textbox", name="Question", exact=True).fill("Is it?")
     tab.get_by_role("button", name="Ask", exact=True).click()
     tab.get_by_text("Not answered: too many questions are open; ask again later (in 1 s)").wait_for()
+
+
+@pytest.mark.parametrize("width", [1200, 390])
+def test_retrieved_lines_say_where_they_are_from(
+    browser: Any, run: Path, expected: dict[str, Any], tmp_path: Path, width: int
+) -> None:
+    """The page says that lines are looked up; each shows its passage's id, and what the model had written."""
+
+    def search(asked: Any) -> Any:
+        return [("p1", EVIL) for _ in asked]
+
+    html = page({**gather([run]), "live": True, "memory": "all: what is found in own.jsonl stands there"})
+    with serving(expected["checkpoint"], tmp_path, page=html, engine=retrieving(search, math.inf)) as there:
+        tab = browser.new_page(viewport={"width": width, "height": 800})
+        tab.goto(f"http://127.0.0.1:{there.port}/")
+        assert "Memory lines are looked up, all: what is found in own.jsonl" in tab.locator(".ask .note").inner_text()
+        box = ask(tab, KNOWN[1].question.text)
+        line = box.locator(".lines .step.memory").first
+        assert line.locator(".said").inner_text() == EVIL and tab.evaluate("window.evil") is None
+        assert line.locator(".source").inner_text() == "retrieved: p1"
+        assert f"the model had: {KNOWN[1].steps[0].text}" in line.locator(".below").inner_text()
+        assert tab.evaluate("document.documentElement.scrollWidth") == width
+        tab.close()

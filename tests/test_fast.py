@@ -37,6 +37,7 @@ from memreason.fast.attention import PACKED, attending, packed_attention, packs
 from memreason.fast.loss import Head, chunked_loss, head_of, headless, takes_hidden_states
 from memreason.fast.rows import RowLayer, row_layers
 from memreason.finetune import trainer
+from memreason.finetune.checkpoint import load_checkpoint
 from memreason.finetune.methods import merged, network_of
 from memreason.generate import engine
 from memreason.generate.engines import generate
@@ -250,7 +251,7 @@ def test_the_engine_puts_learnt_prompts_in_front(tmp_path: Path, method: str) ->
     changes = {"method.name": method, "tokens.n_prefix": 3, "train.max_steps": 4, "train.learning_rate": 0.3}
     changes |= {"tokens.placement": "only_at_front"} if method == "prompt-tuning" else {}
     recipe = tiny_recipe(tmp_path, base, **changes)
-    loaded = pipeline.load_checkpoint(pipeline.train(recipe))
+    loaded = load_checkpoint(pipeline.train(recipe))
     questions = [trace.question for trace in own_traces(5)]
     settings = EvalRecipe(batch_size=3, max_new_tokens=12)
     made = {g.question.id: g for batch in generate(loaded.model, loaded.codec, questions, settings) for g in batch}
@@ -265,7 +266,7 @@ def fluent(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A run that has learnt to write traces."""
     folder = tmp_path_factory.mktemp("fluent")
     recipe = tiny_recipe(folder, save_base(folder / "base"), **{"train.max_steps": 250, "train.logging_steps": 50})
-    return pipeline.load_checkpoint(pipeline.train(recipe))
+    return load_checkpoint(pipeline.train(recipe))
 
 
 @pytest.mark.parametrize("decoding", ["greedy", "sample"])

@@ -22,7 +22,7 @@ from memreason.finetune.checkpoint import load_checkpoint, open_checkpoint
 from memreason.generate.engines import generate
 from memreason.measure.score import score_trace
 from memreason.publish import gguf as room
-from memreason.publish.chat import message, prompt_ids
+from memreason.publish.chat import prompt_ids
 from memreason.publish.gguf import GGUF, export_gguf
 
 pytestmark = pytest.mark.soak
@@ -36,7 +36,7 @@ def asked_of_llama_cpp(folder: Path, codec: Codec, questions: Sequence[Question]
     given = {
         "file": str(folder / GGUF),
         "prompts": [prompt_ids(codec, question) for question in questions],
-        "messages": [message(codec, question) for question in questions[:chats]],
+        "messages": [codec.scheme.message(question) for question in questions[:chats]],
         "texts": ["".join(codec.scheme.tokens)],
         "max_tokens": longest,
     }

@@ -19,11 +19,12 @@ from memreason.core.trace import Question, Step, Trace
 from memreason.data.tasks import load_eval
 from memreason.encode.codec import Codec
 from memreason.evaluators import lm_eval_log, lm_eval_tasks
-from memreason.finetune.checkpoint import open_checkpoint
+from memreason.finetune.checkpoint import load_checkpoint, open_checkpoint
 from memreason.measure.score import score, score_trace
 from memreason.publish.chat import chat_ids, chat_template, prompt_ids
-from memreason.publish.export import export_model
+from memreason.publish.export import write_model
 from memreason.publish.lm_eval_tasks import LM_EVAL_TASKS, lm_eval_doc, write_tasks
+from memreason.publish.merge import merge
 
 CASES: list[dict[str, Any]] = json.loads(Path(__file__).with_name("answer_cases.json").read_text(encoding="utf-8"))
 ALONE = """
@@ -41,7 +42,8 @@ def export(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("lm-eval")
     learnt = {"train.max_steps": 60, "eval.max_new_tokens": 90, "method.name": "full", "train.learning_rate": 3e-3}
     run = pipeline.train(tiny_recipe(folder, save_base(folder / "base"), **learnt))
-    export_model(run, folder / "export", [trace.question for trace in own_traces(2)], dtype="fp32")
+    loaded = load_checkpoint(run)
+    write_model(folder / "export", folder / "export", merge(loaded), loaded, "fp32")
     return folder / "export"
 
 

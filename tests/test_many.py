@@ -122,7 +122,8 @@ def test_fsdp2_is_as_one_process_and_either_takes_up_the_other(tmp_path: Path, m
     assert manifest["best"]["by"] == "eval_acc on validation"  # answered while the weights were shared out
 
 
-@pytest.mark.parametrize("way", [pytest.param("ddp", marks=pytest.mark.soak), "fsdp2"])
+@pytest.mark.soak
+@pytest.mark.parametrize("way", ["ddp", "fsdp2"])
 def test_one_process_takes_up_what_two_left(tmp_path: Path, way: str) -> None:
     base = save_base(tmp_path / "base")  # tied: one matrix is in two layers
     settings = SETTINGS | {"train.eval_strategy": "no", "train.fsdp": way == "fsdp2"}

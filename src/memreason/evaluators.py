@@ -39,8 +39,8 @@ def lm_eval_tasks(path: Path | str, out: Path, tasks: Sequence[str], fields: dic
 
 
 def lm_eval_log(path: Path | str, out: Path) -> list[Path]:
-    """Write the evaluations of a run, checkpoint or export (of a task and split the newest), or one evaluation's folder,
-    in lm-eval's log format; returns the files. Raises CheckpointError if there is none.
+    """Write the evaluations of a run, checkpoint or export (of a task and split the newest), or of one evaluation's
+    folder, in lm-eval's log format; returns the files. Raises CheckpointError if there is none.
     """
     folders = evaluations(Path(path))
     codec = open_checkpoint(folders[0].parents[1]).codec

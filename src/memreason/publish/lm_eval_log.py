@@ -63,7 +63,7 @@ def _row(codec: Codec, template: str, number: int, samples: Sequence[Mapping[str
     traces = [Trace.from_json(sample) for sample in samples]
     doc = lm_eval_doc(codec, traces[0].question)
     user = [{"role": "user", "content": doc["prompt"]}]
-    shown = {"chat_template": template, "add_generation_prompt": True, "tokenize": False}
+    shown: dict[str, Any] = {"chat_template": template, "add_generation_prompt": True, "tokenize": False}
     prompt = str(codec.tokenizer.apply_chat_template(user, **shown))
     scores = [score_trace(trace) for trace in traces]
     metrics = {
@@ -111,7 +111,7 @@ def _results(logs: Mapping[str, Log]) -> Row:
     configs = {name: _config(results["settings"]["max_new_tokens"]) for name, (results, _) in logs.items()}
     return {
         "results": {name: _figures(name, rows) for name, (_, rows) in logs.items()},
-        "group_subtasks": {name: [] for name in logs},
+        "group_subtasks": {},
         "configs": {name: {"task": name, **config} for name, config in configs.items()},
         "versions": {name: config["metadata"]["version"] for name, config in configs.items()},
         "n-shot": dict.fromkeys(logs, 0),

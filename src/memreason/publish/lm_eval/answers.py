@@ -1,6 +1,6 @@
 """What the tasks beside this file need: their questions, and the answer in what a model wrote.
 
-`memreason lm-eval tasks` writes this folder; reading.py is memreason's own rule of reading. Nothing here needs memreason.
+`memreason lm-eval tasks` writes this folder; reading.py is memreason's own rule. Nothing here needs memreason.
 """
 
 import importlib.util

@@ -1,0 +1,51 @@
+"""The one-screen way, behind `make soak`: export, tasks, lm-eval's own command; accuracy and every text are ours."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from memreason import exports, pipeline
+from memreason.cli import main
+from memreason.core.files import read_json, read_jsonl
+from memreason.core.recipe import EvalRecipe, load_recipe
+from memreason.evaluators import lm_eval_log
+
+pytestmark = pytest.mark.soak
+COUNT = 100
+DEMO = Path(__file__).parent.parent / "runs" / "demo"
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo's run if it was made here, else a short one of the same model."""
+    if (DEMO / "manifest.json").is_file() and read_json(DEMO / "manifest.json").get("best"):
+        return DEMO
+    short = {"data.n_train": 400, "data.validation": 0, "output_dir": str(tmp_path_factory.mktemp("run") / "short")}
+    return pipeline.train(load_recipe("demo", short))
+
+
+def test_lm_eval_gives_the_accuracy_that_we_report(trained: Path, tmp_path: Path) -> None:
+    export = exports.export(trained, tmp_path / "export", dtype="fp32")
+    tasks = ["lm-eval", "tasks", str(export), "--out", str(tmp_path / "tasks"), "--eval.n", str(COUNT)]
+    assert main(tasks) == 0
+    command = [
+        *(str(Path(sys.executable).with_name("lm_eval")), "run", "--model", "hf", "--apply_chat_template"),
+        *("--model_args", f"pretrained={export},dtype=float32", "--tasks", "memreason_atlas"),
+        *("--include_path", str(tmp_path / "tasks"), "--batch_size", "32", "--device", "cpu"),
+        *("--output_path", str(tmp_path / "theirs"), "--log_samples"),
+    ]
+    subprocess.run(command, check=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    ours = pipeline.evaluate(export, settings=EvalRecipe(n=COUNT, max_new_tokens=160))
+    _, log = lm_eval_log(Path(ours["folder"]), tmp_path / "ours")
+    (written,) = (tmp_path / "theirs").rglob("samples_*.jsonl")
+    mine, theirs = ([row for _, row in read_jsonl(path)] for path in (log, written))
+    same = sum(a == b for a, b in zip(mine, theirs, strict=True))
+    accuracy = sum(row["exact_match"] for row in theirs) / COUNT
+    print(f"\n{same} of {COUNT} lines alike; accuracy {ours['accuracy']} here, {accuracy} in lm-eval")
+    assert accuracy == pytest.approx(ours["accuracy"], abs=1e-12)
+    assert same >= COUNT - 1  # another order of batches may flip a near-tie
