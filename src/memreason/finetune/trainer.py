@@ -66,7 +66,8 @@ class TraceTrainer(ShardedTrainer):
         """An epoch that the processes cannot share out evenly is filled up with its first examples: these teach nothing
         a second time."""
         each, processes = self.args.per_device_train_batch_size, self.accelerator.num_processes
-        left = len(self.train_dataset) % (each * processes)  # Accelerate's own figure is wrong behind a resume
+        examples: Any = self.train_dataset
+        left = len(examples) % (each * processes)  # Accelerate's own figure is wrong behind a resume
         last = self.accelerator.gradient_state.end_of_dataloader and not self.args.dataloader_drop_last
         if processes == 1 or not left or not last:
             return batch
