@@ -13,10 +13,11 @@ from conftest import own_traces, save_base, sentencepiece_bpe, tiny_recipe
 from gguf_file import write_file
 from memreason import pipeline
 from memreason.core.errors import ExportError, ModelError
-from memreason.core.files import read_json
+from memreason.core.files import read_json, write_json
 from memreason.core.recipe import load_recipe
 from memreason.encode.codec import Codec
 from memreason.finetune.checkpoint import load_checkpoint, open_checkpoint
+from memreason.publish import card
 from memreason.publish import converter as converters
 from memreason.publish import gguf as room
 from memreason.publish.chat import chat_template
@@ -162,4 +163,14 @@ def test_a_converter_that_cannot_be_fetched_is_one_clear_line(
 def test_sentencepiece_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(converters, "find_spec", lambda name: None)
     with pytest.raises(ExportError, match=r"pip install 'memreason\[gguf\]'"):
-        converters.convert(tmp_path / "convert.py", tmp_path, tmp_path / "model.gguf", "f16")
+        converters.convert(tmp_path / "convert.py", tmp_path, tmp_path / "model.gguf", "f16", "model")
+
+
+def test_the_card_tells_of_the_model_alone(tmp_path: Path) -> None:
+    """Not of evaluations that took memory lines from a corpus, and of each task and split the largest."""
+    recall, retrieve = {"memory": "recall"}, {"memory": "retrieve-when-unsure"}
+    given = [("a", 20, 0.8, recall), ("b", 200, 0.7, recall), ("c", 500, 0.99, retrieve), ("d", 60, 0.6, {})]
+    for name, n, accuracy, settings in given:
+        found = {"task": "atlas", "split": "test", "n": n, "accuracy": accuracy, "settings": settings}
+        write_json(tmp_path / "eval" / name / "results.json", found)
+    assert [one["n"] for one in card._results(tmp_path)] == [200]

@@ -48,4 +48,8 @@ def _hub_id(base: str) -> str | None:
 
 
 def _results(folder: Path) -> list[dict[str, Any]]:
-    return [read_json(path) for path in sorted(folder.glob("eval/*/results.json"))]
+    """The largest evaluation of each task and split; of the model alone, without a corpus to retrieve from."""
+    found = [read_json(path) for path in sorted(folder.glob("eval/*/results.json"))]
+    alone = [one for one in found if one["settings"].get("memory") in (None, "recall")]
+    largest = {(one["task"], one["split"]): one for one in sorted(alone, key=lambda one: one["n"])}
+    return [largest[key] for key in sorted(largest)]

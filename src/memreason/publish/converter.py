@@ -39,11 +39,14 @@ def converter() -> Path:
     return folder / SCRIPT
 
 
-def convert(script: Path, model: Path, file: Path, kind: str) -> None:
-    """Run the converter on a Transformers folder. Raises ExportError with its last word if it refuses the model."""
+def convert(script: Path, model: Path, file: Path, kind: str, name: str) -> None:
+    """Run the converter on a Transformers folder; `name` is what the file calls the model.
+
+    Raises ExportError with the converter's last word if it refuses the model.
+    """
     if find_spec("sentencepiece") is None:
         raise ExportError("--to gguf: llama.cpp's converter needs sentencepiece: pip install 'memreason[gguf]'")
-    command = [sys.executable, str(script), str(model), "--outfile", str(file), "--outtype", kind]
+    command = [sys.executable, str(script), str(model), "--outfile", str(file), "--outtype", kind, "--model-name", name]
     quiet = {**os.environ, "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=quiet)
     if done.returncode or not file.is_file():

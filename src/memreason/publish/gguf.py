@@ -44,7 +44,7 @@ def export_gguf(
         plain = folder / "plain"
         found = export_model(path, plain, questions, base=base, dtype="fp32", tell=tell)
         exported = open_checkpoint(plain)
-        convert(script, plain, folder / GGUF, kind)
+        convert(script, plain, folder / GGUF, kind, out.name)
         _rank_pieces(folder / GGUF, plain)
         found["GGUF"] = check_file(folder / GGUF, exported.codec)
         tell("GGUF", found["GGUF"])
