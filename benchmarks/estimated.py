@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from memreason.finetune.prepare import prepare, trainable_model
 from memreason.finetune.train import train
 from memreason.timing import hardware
 from memreason.timing.estimate import estimate
+from memreason.timing.machine import best_seconds
 
 Case = dict[str, Any]
 CASES: dict[str, Case] = {
@@ -72,17 +74,9 @@ def apart(job: str, case: Case) -> dict[str, float]:
 
 
 def probe(_case: Case) -> dict[str, float]:
-    """FLOP/s of fp32 products and bytes a second of reads, each the best of six."""
+    """FLOP/s of fp32 products and bytes a second of reads, each the best of several, in seconds of the processor."""
     left, right, large = torch.randn(2048, 2048), torch.randn(2048, 2048), torch.randn(64 * 2**20)
-
-    def best(work: Any) -> float:
-        seconds = []
-        for _ in range(6):
-            start = time.process_time()
-            work()
-            seconds.append(time.process_time() - start)
-        return min(seconds)
-
+    best = partial(best_seconds, clock=time.process_time)
     return {"gemm": 2 * 2048**3 / best(lambda: left @ right.T), "read": large.nbytes / best(large.sum)}
 
 

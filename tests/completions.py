@@ -8,10 +8,11 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
+
+from stub import Replies, listening
 
 Json = dict[str, Any]
 Trouble = tuple[int, Json, dict[str, str]] | None  # status, body and headers instead of an answer; None: the line drops
@@ -110,9 +111,7 @@ def from_table(answers: Mapping[tuple[int, ...], list[int]]) -> Callable[[list[i
 def completing(known: Completions) -> Iterator[Completions]:
     lock = threading.Lock()
 
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
+    class Handler(Replies):
         def do_GET(self) -> None:
             if not known.listing:
                 return self.reply(500, error("Cache directory not found"), OFF)
@@ -121,7 +120,7 @@ def completing(known: Completions) -> Iterator[Completions]:
             )
 
         def do_POST(self) -> None:
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            body = json.loads(self.body())
             with lock:
                 known.asked.append(body)
                 known.paths.append(self.path)
@@ -143,20 +142,5 @@ def completing(known: Completions) -> Iterator[Completions]:
                 assert isinstance(trouble, tuple)
                 self.reply(*trouble)
 
-        def reply(self, status: int, body: Json, headers: Mapping[str, str] = {}) -> None:
-            read = json.dumps(body).encode()
-            self.send_response(status)
-            usual = {"Content-Type": "application/json", "Content-Length": str(len(read))}
-            for name, value in {**headers, **usual}.items():
-                self.send_header(name, value)
-            self.end_headers()
-            self.wfile.write(read)
-
-        def log_message(self, *_: Any) -> None:
-            pass
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as http:
-        known.port = http.server_port
-        threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+    with listening(Handler) as known.port:
         yield known
-        http.shutdown()

@@ -13,7 +13,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-from memreason.core.files import write_traces
+from memreason import pipeline
+from memreason.core.files import read_json, write_traces
 from memreason.core.recipe import Recipe, load_recipe
 from memreason.core.trace import Question, Step, Trace
 from memreason.encode.codec import Codec
@@ -209,3 +210,13 @@ def tiny_recipe(folder: Path, base: Path, **changes: Any) -> Recipe:
         "eval.max_new_tokens": 8,
     }
     return load_recipe(None, {**settings, **changes})
+
+
+@pytest.fixture(scope="session")
+def demo_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """For long tests: the demo's run if it was made here, else a short one of the same model."""
+    demo = Path(__file__).parent.parent / "runs" / "demo"
+    if (demo / "manifest.json").is_file() and read_json(demo / "manifest.json").get("best"):
+        return demo
+    short = {"data.n_train": 400, "data.validation": 0, "output_dir": str(tmp_path_factory.mktemp("run") / "short")}
+    return pipeline.train(load_recipe("demo", short))

@@ -7,10 +7,8 @@ import os
 import shutil
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from functools import partial
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +27,7 @@ from memreason.core.recipe import load_recipe
 from memreason.encode.base import identity, load_model, load_tokenizer, locate
 from memreason.encode.resolve import fingerprint, hub_commit
 from memreason.finetune.checkpoint import load_checkpoint
+from stub import Replies, listening
 
 FIRST, SECOND = "a" * 40, "b" * 40
 NAME = "maker/tiny"
@@ -122,19 +121,12 @@ ANSWERS = {
 }
 
 
-class Hub(BaseHTTPRequestHandler):
+class Hub(Replies):
     """Says about models what the hub says."""
 
     def do_GET(self) -> None:
         status, code = ANSWERS[self.path.split("/")[4].partition("?")[0]]
-        self.send_response(status)
-        if code:
-            self.send_header("X-Error-Code", code)
-        self.send_header("Content-Length", "0")
-        self.end_headers()
-
-    def log_message(self, *_: Any) -> None:
-        pass
+        self.reply(status, b"", {"X-Error-Code": code} if code else {})
 
 
 @pytest.mark.parametrize(
@@ -149,14 +141,10 @@ class Hub(BaseHTTPRequestHandler):
     ],
 )
 def test_what_the_hub_says_is_one_clear_line(hub: Path, monkeypatch: pytest.MonkeyPatch, name: str, says: str) -> None:
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(resolving, "HfApi", partial(HfApi, endpoint=f"http://127.0.0.1:{server.server_port}"))
-    with pytest.raises(ModelError) as caught:
+    with listening(Hub) as port, pytest.raises(ModelError) as caught:
+        monkeypatch.setattr(resolving, "HfApi", partial(HfApi, endpoint=f"http://127.0.0.1:{port}"))
         locate(f"maker/{name}", "v9")
-    server.shutdown()
-    server.server_close()
     assert str(caught.value).startswith(f"maker/{name}: {says}") and "\n" not in str(caught.value)
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from memreason import pipeline
 from memreason.core.files import read_json, read_jsonl
-from memreason.core.recipe import EvalRecipe, load_recipe
+from memreason.core.recipe import EvalRecipe
 from memreason.core.trace import Trace
 from memreason.data.atlas import make_atlas
 from memreason.finetune.checkpoint import open_checkpoint
@@ -22,7 +22,6 @@ from real_servers import OFFLINE, SMALL, VLLM, needs_vllm, transformers_serve, v
 
 pytestmark = pytest.mark.soak
 COUNT = 24
-DEMO = Path(__file__).parent.parent / "runs" / "demo"
 SETTINGS = {"n": COUNT, "batch_size": 8, "max_new_tokens": 120}
 Samples = list[dict[str, Any]]
 
@@ -32,19 +31,10 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The demo's run if it was made here, else a short one of the same model."""
-    if (DEMO / "manifest.json").is_file() and read_json(DEMO / "manifest.json").get("best"):
-        return DEMO
-    short = {"data.n_train": 400, "data.validation": 0, "output_dir": str(tmp_path_factory.mktemp("run") / "short")}
-    return pipeline.train(load_recipe("demo", short))
-
-
 @pytest.fixture(scope="module", params=["fp32", "bf16"])
-def exported(request: pytest.FixtureRequest, trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def exported(request: pytest.FixtureRequest, demo_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("out") / request.param
-    export_model(trained, out, [trace.question for trace in make_atlas("test", 20)], dtype=request.param)
+    export_model(demo_run, out, [trace.question for trace in make_atlas("test", 20)], dtype=request.param)
     return out
 
 

@@ -6,11 +6,9 @@ import json
 import os
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -46,6 +44,7 @@ from memreason.publish import gate
 from memreason.publish.adapter import export_adapter
 from memreason.publish.chat import chat_ids, chat_template, prompt_ids
 from memreason.publish.export import export_model
+from stub import Replies, listening
 
 SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
 SMALL |= {"num_key_value_heads": 1, "initializer_range": 0.3}
@@ -109,7 +108,7 @@ def test_every_family_passes_the_gate(tmp_path: Path, family: str) -> None:
     """The gate itself compares logits, rows, weights, blocks, prompts and traces, the last ones in a fresh process."""
     run = trained(tmp_path, family)
     found = export_model(run, tmp_path / "out", QUESTIONS, dtype="fp32")
-    assert list(found) == ["logits of the adapter", "rows", "weights", "blocks", "traces"]
+    assert list(found) == ["logits of the adapter", "rows", "new rows", "weights", "blocks", "traces"]
     assert found["traces"].startswith("5 alike")
     again = load_checkpoint(tmp_path / "out")
     assert again.recipe.method.name == "full"
@@ -279,6 +278,24 @@ def test_every_check_can_fail_and_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("layer", ["get_input_embeddings", "get_output_embeddings"])
+def test_a_new_row_that_no_trace_uses_is_compared_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layer: str
+) -> None:
+    """Logits over a few traces cannot tell: of an untied input they see those rows alone that the traces hold."""
+    run, merge = trained(tmp_path, "untied"), room.merge
+
+    def spoilt(loaded: Any) -> Any:
+        model = merge(loaded)
+        with torch.no_grad():
+            getattr(model, layer)().weight[loaded.codec.blocks["assignment"][0]] += 1e-6
+        return model
+
+    monkeypatch.setattr(room, "merge", spoilt)
+    with pytest.raises(ExportError, match=r"the new rows of the (input|head) are not the adapter's"):
+        export_model(run, tmp_path / "out", QUESTIONS, dtype="fp32")
+
+
 def test_traces_of_another_model_are_refused(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ask = gate.ask_adapter
 
@@ -322,62 +339,51 @@ def test_the_verb_and_the_card(run: Path, tmp_path: Path, capsys: pytest.Capture
     assert card.startswith("---\nlibrary_name: transformers\n")
     for part in ("atlas, test split, 4 questions: accuracy", "lora+prompt-tuning", "2411.13504", "lora_r: 16"):
         assert part in card
+    named = tmp_path / "named"
+    export_model(run, named, QUESTIONS, dtype="fp32", name="me/model")
+    assert 'pipeline("text-generation", "me/model")' in (named / "README.md").read_text()  # as the hub will have it
     assert str(tmp_path) not in card.split("## Recipe")[0].replace(str(tmp_path / "base"), "")
 
 
-class Hub(BaseHTTPRequestHandler):
+class Hub(Replies):
     """What of the hub's API an upload needs; every request is kept."""
 
     requests: ClassVar[list[tuple[str, str, bytes]]] = []
     refuse, address = 0, ""
 
-    def _answer(self, code: int, body: Any) -> None:
-        text = json.dumps(body).encode()
-        self.send_response(code)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(text)))
-        self.end_headers()
-        self.wfile.write(text)
-
     def _take(self) -> bytes:
-        size = int(self.headers.get("Content-Length") or 0)
-        body = self.rfile.read(size)
+        body = self.body()
         self.requests.append((self.command, self.path, body))
         return body
 
     def do_GET(self) -> None:
         self._take()
-        self._answer(200, {"id": "me/model", "siblings": [], "sha": "0" * 40, "private": True})
+        self.reply(200, {"id": "me/model", "siblings": [], "sha": "0" * 40, "private": True})
 
     def do_POST(self) -> None:
         body = self._take()
         if self.refuse:
-            self._answer(self.refuse, {"error": "no"})
+            self.reply(self.refuse, {"error": "no"})
         elif self.path == "/api/repos/create":
-            self._answer(200, {"url": f"{self.address}/me/model", "id": "me/model"})
+            self.reply(200, {"url": f"{self.address}/me/model", "id": "me/model"})
         elif "/preupload/" in self.path:
             files = [file["path"] for file in json.loads(body)["files"]]
             plain = {"uploadMode": "regular", "shouldIgnore": False}
-            self._answer(200, {"files": [{"path": path, **plain} for path in files]})
+            self.reply(200, {"files": [{"path": path, **plain} for path in files]})
         elif self.path == "/api/validate-yaml":
-            self._answer(200, {"errors": [], "warnings": []})
+            self.reply(200, {"errors": [], "warnings": []})
         else:
             address = f"{self.address}/me/model/commit/1"
-            self._answer(200, {"commitUrl": address, "commitOid": "0" * 40, "success": True})
-
-    def log_message(self, *_: Any) -> None:
-        pass
+            self.reply(200, {"commitUrl": address, "commitOid": "0" * 40, "success": True})
 
 
 @contextmanager
 def hub(refuse: int = 0) -> Iterator[tuple[type[Hub], dict[str, str]]]:
     """A stub, and the environment of a process that takes it for the hub: the address is read when it is imported."""
     kind = type("Stub", (Hub,), {"requests": [], "refuse": refuse})
-    with ThreadingHTTPServer(("127.0.0.1", 0), kind) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        kind.address = f"http://127.0.0.1:{server.server_port}"
+    with listening(kind) as port:
+        kind.address = f"http://127.0.0.1:{port}"
         yield kind, {"HF_ENDPOINT": kind.address, "HF_TOKEN": "hf_" + "a" * 30}
-        server.shutdown()
 
 
 def pushed(folder: Path, name: str, environment: dict[str, str], *, public: bool = False) -> str:

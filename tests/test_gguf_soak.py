@@ -15,7 +15,7 @@ from conftest import own_traces, save_base, sentencepiece_bpe, tiny_model, tiny_
 from memreason import exports, pipeline
 from memreason.core.errors import ExportError
 from memreason.core.files import read_json, read_jsonl
-from memreason.core.recipe import EvalRecipe, load_recipe
+from memreason.core.recipe import EvalRecipe
 from memreason.core.trace import Question, Trace
 from memreason.encode.codec import Codec
 from memreason.finetune.checkpoint import load_checkpoint, open_checkpoint
@@ -27,7 +27,6 @@ from memreason.publish.gguf import GGUF, export_gguf
 
 pytestmark = pytest.mark.soak
 COUNT = 100
-DEMO = Path(__file__).parent.parent / "runs" / "demo"
 SETTINGS = {"n": COUNT, "max_new_tokens": 160}
 
 
@@ -50,27 +49,18 @@ def asked_of_llama_cpp(folder: Path, codec: Codec, questions: Sequence[Question]
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The demo's run if it was made here, else a short one of the same model."""
-    if (DEMO / "manifest.json").is_file() and read_json(DEMO / "manifest.json").get("best"):
-        return DEMO
-    short = {"data.n_train": 400, "data.validation": 0, "output_dir": str(tmp_path_factory.mktemp("run") / "short")}
-    return pipeline.train(load_recipe("demo", short))
-
-
-@pytest.fixture(scope="module")
-def local(trained: Path) -> list[dict[str, Any]]:
+def local(demo_run: Path) -> list[dict[str, Any]]:
     """What the engine here generates in fp32."""
-    settings = load_checkpoint(trained).recipe.eval.model_copy(update=SETTINGS)
-    folder = Path(pipeline.evaluate(trained, settings=settings)["folder"])
+    settings = load_checkpoint(demo_run).recipe.eval.model_copy(update=SETTINGS)
+    folder = Path(pipeline.evaluate(demo_run, settings=settings)["folder"])
     return [line for _, line in read_jsonl(folder / "samples.jsonl")]
 
 
 @pytest.mark.parametrize(("kind", "ids_alike", "within"), [("f16", 0.97, 0.02), ("q8_0", 0.75, 0.05)])
 def test_llama_cpp_answers_as_transformers_does(
-    trained: Path, local: list[dict[str, Any]], tmp_path: Path, kind: str, ids_alike: float, within: float
+    demo_run: Path, local: list[dict[str, Any]], tmp_path: Path, kind: str, ids_alike: float, within: float
 ) -> None:
-    folder = exports.export(trained, tmp_path / kind, to="gguf", gguf_type=kind)
+    folder = exports.export(demo_run, tmp_path / kind, to="gguf", gguf_type=kind)
     codec = open_checkpoint(folder).codec
     questions = [Trace.from_json(line).question for line in local]
     found = asked_of_llama_cpp(folder, codec, questions, 160, 10)

@@ -11,26 +11,16 @@ import pytest
 
 from memreason import exports, pipeline
 from memreason.cli import main
-from memreason.core.files import read_json, read_jsonl
-from memreason.core.recipe import EvalRecipe, load_recipe
+from memreason.core.files import read_jsonl
+from memreason.core.recipe import EvalRecipe
 from memreason.evaluators import lm_eval_log
 
 pytestmark = pytest.mark.soak
 COUNT = 100
-DEMO = Path(__file__).parent.parent / "runs" / "demo"
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The demo's run if it was made here, else a short one of the same model."""
-    if (DEMO / "manifest.json").is_file() and read_json(DEMO / "manifest.json").get("best"):
-        return DEMO
-    short = {"data.n_train": 400, "data.validation": 0, "output_dir": str(tmp_path_factory.mktemp("run") / "short")}
-    return pipeline.train(load_recipe("demo", short))
-
-
-def test_lm_eval_gives_the_accuracy_that_we_report(trained: Path, tmp_path: Path) -> None:
-    export = exports.export(trained, tmp_path / "export", dtype="fp32")
+def test_lm_eval_gives_the_accuracy_that_we_report(demo_run: Path, tmp_path: Path) -> None:
+    export = exports.export(demo_run, tmp_path / "export", dtype="fp32")
     tasks = ["lm-eval", "tasks", str(export), "--out", str(tmp_path / "tasks"), "--eval.n", str(COUNT)]
     assert main(tasks) == 0
     command = [

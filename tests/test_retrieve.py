@@ -6,7 +6,6 @@ import json
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from memreason.retrieve.corpus import corpus_hash, read_corpus
 from memreason.retrieve.http import BATCH, HttpRetriever
 from memreason.retrieve.outside import open_retriever
 from memreason.retrieve.passage import Passage, closest, searching, sentence_for
+from stub import Replies, listening
 
 TEXTS = {
     "a": "Lima is the capital of Peru.",
@@ -200,24 +200,14 @@ class Server:
 def server() -> Iterator[Server]:
     known = Server([])
 
-    class Handler(BaseHTTPRequestHandler):
+    class Handler(Replies):
         def do_POST(self) -> None:
-            known.asked.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            known.asked.append(json.loads(self.body()))
             status, reply = known.replies.pop(0) if len(known.replies) > 1 else known.replies[0]
-            body = reply if isinstance(reply, bytes) else json.dumps(reply(known.asked[-1])).encode()
-            self.send_response(status)
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
+            self.reply(status, reply if isinstance(reply, bytes) else reply(known.asked[-1]))
 
-        def log_message(self, *_: Any) -> None:
-            pass
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as http:
-        known.port = http.server_port
-        threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+    with listening(Handler) as known.port:
         yield known
-        http.shutdown()
 
 
 def answered(body: dict[str, Any]) -> dict[str, Any]:

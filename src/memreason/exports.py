@@ -12,7 +12,7 @@ from memreason.core.trace import Question
 from memreason.data.tasks import load_eval, load_splits
 from memreason.finetune.checkpoint import open_checkpoint
 from memreason.publish.adapter import export_adapter
-from memreason.publish.export import Step, export_model
+from memreason.publish.export import Step, export_model, unheard
 from memreason.publish.gguf import GGUF, export_gguf
 from memreason.publish.push import push
 
@@ -30,10 +30,12 @@ def export(
     dtype: str = "bf16",
     gguf_type: str = "f16",
     converter: Path | None = None,
-    tell: Step = lambda name, found: None,
+    name: str | None = None,
+    tell: Step = unheard,
 ) -> Path:
     """Export a run (its best checkpoint) or a checkpoint to `out` (None: a folder of its own beside the weights), which
-    is returned once everything about it was checked; `tell` hears of each check.
+    is returned once everything about it was checked; `tell` hears of each check. Its card calls it `name`, as the hub
+    will (None: as its folder).
 
     `to`: "hf" (merged weights, stored as `dtype`), "adapter" (for plain PEFT) or "gguf" (of `gguf_type`). Raises
     ExportError, and leaves nothing, if a check fails.
@@ -41,11 +43,11 @@ def export(
     folder = Path(out) if out else Path(path) / f"export-{to}"
     questions = _questions(open_checkpoint(path).recipe)
     if to == "adapter":
-        export_adapter(path, folder, questions, base=base, tell=tell)
+        export_adapter(path, folder, questions, base=base, name=name, tell=tell)
     elif to == "gguf":
-        export_gguf(path, folder, questions, base=base, kind=gguf_type, script=converter, tell=tell)
+        export_gguf(path, folder, questions, base=base, kind=gguf_type, script=converter, name=name, tell=tell)
     else:
-        export_model(path, folder, questions, base=base, dtype=dtype, tell=tell)
+        export_model(path, folder, questions, base=base, dtype=dtype, name=name, tell=tell)
     return folder
 
 

@@ -36,7 +36,9 @@ def _export(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
         console.print(f"  [green]✓[/] {name}: {found}")
 
     options = {name: getattr(arguments, name) for name in ("base", "dtype", "gguf_type", "converter")}
-    folder = exports.export(arguments.checkpoint, arguments.out, to=arguments.to, tell=tell, **options)
+    folder = exports.export(
+        arguments.checkpoint, arguments.out, to=arguments.to, name=arguments.push, tell=tell, **options
+    )
     if arguments.push:
         note(f"pushing to {arguments.push}")
         figures("", [("hub", exports.push(folder, arguments.push, public=arguments.public))])

@@ -9,7 +9,8 @@ from urllib.parse import urlsplit
 import yaml
 from pydantic import Field, field_validator
 
-from memreason.core.recipe import Overrides, Stage, read_recipe, shipped
+from memreason.core.recipe import Stage, shipped
+from memreason.core.settings import Overrides, read_settings
 
 __all__ = [
     "CheckName",
@@ -109,4 +110,4 @@ class LabelRecipe(Stage):
 
 def load_label_recipe(source: str | Path | None, overrides: Overrides = ()) -> LabelRecipe:
     """Read the recipe of a labelling run, as `load_recipe` does. Raises RecipeError with all mistakes."""
-    return read_recipe(LabelRecipe, source, overrides, shipped("label"))
+    return read_settings(LabelRecipe, source, overrides, shipped("label"))

@@ -18,7 +18,7 @@ from memreason.finetune.methods import network_of, trainable
 from memreason.publish import gate
 from memreason.publish.card import model_card
 from memreason.publish.chat import chat_template
-from memreason.publish.export import Figures, Step, aside, greedy
+from memreason.publish.export import Figures, Step, aside, greedy, noting, unheard
 
 __all__ = ["export_adapter"]
 
@@ -29,7 +29,8 @@ def export_adapter(
     questions: Sequence[Question],
     *,
     base: str | None = None,
-    tell: Step = lambda name, found: None,
+    name: str | None = None,
+    tell: Step = unheard,
 ) -> Figures:
     """Write the adapter of a run or checkpoint, with its new rows and tokenizer, to `out`: megabytes.
 
@@ -42,12 +43,8 @@ def export_adapter(
     head = network_of(loaded.model).get_output_embeddings()
     if loaded.codec.blocks and any(name.endswith("bias") for name, _ in head.named_parameters()):
         raise ExportError(f"{loaded.folder}: PEFT drops the bias of a head that holds new rows; use --to hf")
-    settings, codec, found = greedy(loaded.recipe), loaded.codec, Figures()
+    settings, codec, (found, passed) = greedy(loaded.recipe), loaded.codec, noting(tell)
     named = base or loaded.recipe.model.base
-
-    def passed(name: str, what: str) -> None:
-        found[name] = what
-        tell(name, what)
 
     with aside(out) as folder:
         before = gate.ask_adapter(loaded, questions, settings)
@@ -59,7 +56,7 @@ def export_adapter(
             raise ExportError(f"{named}: a GGUF file is no base for PEFT; use --to hf")
         passed("traces", gate.check_traces(folder, codec, before, settings, base=where))
         write_json(folder / "export.json", {"from": str(loaded.folder), "checks": found})
-        write_text(folder / "README.md", model_card("adapter", out.name, loaded, found))
+        write_text(folder / "README.md", model_card("adapter", name or out.name, loaded, found))
     return found
 
 

@@ -26,10 +26,25 @@ from memreason.publish.card import model_card
 from memreason.publish.chat import chat_template
 from memreason.publish.merge import hand_bias_over, merge, refuse_virtual_tokens
 
-__all__ = ["Figures", "Step", "aside", "export_model", "greedy", "write_model"]
+__all__ = ["Figures", "Step", "aside", "export_model", "greedy", "noting", "unheard", "write_model"]
 
 Figures = dict[str, str]  # check -> what it found
 Step = Callable[[str, str], None]  # a check's name, and what it found
+
+
+def unheard(name: str, found: str) -> None:
+    """For whom the checks need not be told."""
+
+
+def noting(tell: Step) -> tuple[Figures, Step]:
+    """A table of what was found, and what puts a passed check into it and tells of it."""
+    found = Figures()
+
+    def passed(name: str, what: str) -> None:
+        found[name] = what
+        tell(name, what)
+
+    return found, passed
 
 
 def export_model(
@@ -39,39 +54,37 @@ def export_model(
     *,
     base: str | None = None,
     dtype: str = "bf16",
-    tell: Step = lambda name, found: None,
+    name: str | None = None,
+    tell: Step = unheard,
 ) -> Figures:
     """Merge a run or checkpoint and write it to `out` as one plain Transformers model, with tokenizer, chat template,
-    generation config and card; returns what the checks found, also in export.json. It is a checkpoint here as well.
+    generation config and card (which calls it `name`); returns what the checks found, also in export.json. It is a
+    checkpoint here as well.
 
     Merging is done in fp32 on the unquantised base, also where training was quantised; `dtype` is what is stored.
     Raises CheckpointError if there is nothing to merge, ExportError if a check fails or `out` holds files already.
     """
     loaded = load_checkpoint(path, base=base, dtype="fp32", quantize=None, offload=False)
     refuse_virtual_tokens(loaded)
-    settings, found = greedy(loaded.recipe), Figures()
-
-    def passed(name: str, what: str) -> None:
-        found[name] = what
-        tell(name, what)
-
+    settings, (found, passed) = greedy(loaded.recipe), noting(tell)
     with aside(out) as folder:
         before = gate.ask_adapter(loaded, questions, settings)
-        merged = merge(loaded)
-        passed("logits of the adapter", gate.check_logits(merged, before))
-        write_model(folder, out, merged, loaded, dtype)
+        model = merge(loaded)
+        passed("logits of the adapter", gate.check_logits(model, before))
+        write_model(folder, out, model, loaded, dtype)
         written: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[dtype], use_safetensors=True).eval()
         passed("rows", gate.check_rows(written, loaded.codec))
-        passed("weights", gate.check_weights(written, merged))
+        passed("new rows", gate.check_new_rows(written, loaded.codec, before))
+        passed("weights", gate.check_weights(written, model))
         passed("blocks", gate.check_blocks(folder, loaded.codec))
-        del merged
+        del model
         stored = None  # in fp32 traces must be the adapter's own
         if dtype != "fp32":
             stored = written.float()
             bias_rows(stored, loaded.codec)
         passed("traces", gate.check_traces(folder, loaded.codec, before, settings, written=stored))
         write_json(folder / "export.json", {"from": str(loaded.folder), "dtype": dtype, "checks": found})
-        write_text(folder / "README.md", model_card("hf", out.name, loaded, found))
+        write_text(folder / "README.md", model_card("hf", name or out.name, loaded, found))
     return found
 
 

@@ -19,11 +19,13 @@ from memreason.core.recipe import EvalRecipe
 from memreason.core.trace import Question
 from memreason.encode.codec import Codec
 from memreason.finetune.checkpoint import Checkpoint
+from memreason.finetune.methods import merged, network_of
 from memreason.generate.engines import generate
 from memreason.publish.chat import prompt_ids
 
 __all__ = [
-    "LOGITS_WITHIN", "Before", "ask_adapter", "check_blocks", "check_logits", "check_rows", "check_traces",
+    "LOGITS_WITHIN", "Before", "ask_adapter", "check_blocks", "check_logits", "check_new_rows", "check_rows",
+    "check_traces",
     "check_weights",
 ]  # fmt: skip
 
@@ -42,9 +44,17 @@ def check_rows(model: Any, codec: Codec) -> str:
     return f"{said:,} for {tokens:,} tokens"
 
 
-def check_weights(written: Any, merged: Any) -> str:
-    """Every weight that was written is read again as it was, the new rows among them."""
-    stored, expected = written.state_dict(), merged.state_dict()
+def check_new_rows(written: Any, codec: Codec, before: Before) -> str:
+    """The rows of the blocks are the adapter's, rounded to the stored dtype."""
+    for name, row, expected in zip(("input", "head"), _new_rows(written, codec), before.rows, strict=True):
+        if not torch.equal(row, expected.to(written.dtype).float()):
+            raise ExportError(f"the new rows of the {name} are not the adapter's")
+    return f"{len(codec.describe())} of the input and of the head are the adapter's"
+
+
+def check_weights(written: Any, model: Any) -> str:
+    """Every weight that was written is read again as it was."""
+    stored, expected = written.state_dict(), model.state_dict()
     other = [name for name, value in expected.items() if not torch.equal(stored[name], value)]
     if other:
         raise ExportError(f"{len(other)} stored weights are not the merged ones, {other[0]} first")
@@ -65,24 +75,35 @@ def check_blocks(folder: Path, codec: Codec) -> str:
 
 @dataclass(frozen=True)
 class Before:
-    """What the adapter said before it was merged: its traces of the questions, and its logits over the first ones."""
+    """The adapter before it was merged: its traces of the questions, its logits over the first of them (prompts
+    included), and its new rows, those of the input and those of the head."""
 
     questions: Sequence[Question]
     traces: list[list[int]]
-    rows: list[list[int]]
+    asked: list[list[int]]
     logits: list[Tensor]
+    rows: list[Tensor]
 
 
 def ask_adapter(loaded: Checkpoint, questions: Sequence[Question], settings: EvalRecipe) -> Before:
     traces = _answers(loaded.model, loaded.codec, questions, settings)
     some = list(zip(questions, traces, strict=True))[:LOOKED_AT]
-    rows = [loaded.codec.question_ids(question) + ids for question, ids in some]
-    return Before(questions, traces, rows, [_logits(loaded.model, ids) for ids in rows])
+    asked = [loaded.codec.question_ids(question) + ids for question, ids in some]
+    logits = [_logits(loaded.model, ids) for ids in asked]
+    with merged(loaded.model):
+        return Before(questions, traces, asked, logits, _new_rows(network_of(loaded.model), loaded.codec))
 
 
-def check_logits(merged: Any, before: Before) -> str:
+def _new_rows(network: Any, codec: Codec) -> list[Tensor]:
+    """Of the input and of the head: (tokens of blocks, width) each, in fp32."""
+    ids = list(codec.describe().values())
+    layers = (network.get_input_embeddings(), network.get_output_embeddings())
+    return [layer.weight[ids].detach().float().clone() for layer in layers]
+
+
+def check_logits(model: Any, before: Before) -> str:
     """In fp32 the merged model's logits are the adapter's, over whole traces."""
-    found = [_logits(merged, ids) for ids in before.rows]
+    found = [_logits(model, ids) for ids in before.asked]
     worst = max(float((a - b).abs().max()) for a, b in zip(found, before.logits, strict=True))
     if not worst <= LOGITS_WITHIN:
         raise ExportError(f"a logit of the merged model is {worst:.2g} off the adapter's (at most {LOGITS_WITHIN})")

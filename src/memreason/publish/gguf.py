@@ -16,7 +16,7 @@ from memreason.encode.codec import Codec
 from memreason.finetune.checkpoint import open_checkpoint
 from memreason.publish.card import model_card
 from memreason.publish.converter import convert, converter
-from memreason.publish.export import Figures, Step, aside, export_model
+from memreason.publish.export import Figures, Step, aside, export_model, unheard
 
 __all__ = ["GGUF", "check_file", "export_gguf"]
 
@@ -32,7 +32,8 @@ def export_gguf(
     base: str | None = None,
     kind: str = "f16",
     script: Path | None = None,
-    tell: Step = lambda name, found: None,
+    name: str | None = None,
+    tell: Step = unheard,
 ) -> Figures:
     """Export a run or checkpoint as Transformers' model (with every check of that) and convert it: `out`/model.gguf.
 
@@ -57,7 +58,7 @@ def export_gguf(
         changes = {"model": exported.recipe.model.model_copy(update={"base": str(out / GGUF)})}
         write_text(folder / "recipe.yaml", exported.recipe.model_copy(update=changes).to_yaml())
         write_json(folder / "export.json", {"from": str(source.folder), "type": kind, "checks": found})
-        write_text(folder / "README.md", model_card("gguf", out.name, source, found))
+        write_text(folder / "README.md", model_card("gguf", name or out.name, source, found))
     return found
 
 
