@@ -32,8 +32,8 @@ from transformers import (
 from conftest import BASES, FAMILIES, byte_level, own_traces, save_base, tiny_recipe
 from memreason import exports, pipeline
 from memreason.cli import main
-from memreason.core.errors import CheckpointError, ExportError
-from memreason.core.files import read_json
+from memreason.core.errors import CheckpointError, ExportError, StorageError
+from memreason.core.files import new_folder, read_json
 from memreason.core.trace import Question
 from memreason.encode.codec import Codec
 from memreason.encode.scheme import TokenScheme
@@ -317,14 +317,14 @@ def test_rows_that_do_not_fit_the_tokenizer_are_refused(byte_codec: Codec) -> No
 def test_nothing_is_written_over_and_a_kill_leaves_no_name(run: Path, tmp_path: Path) -> None:
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").write_text("mine")
-    with pytest.raises(ExportError, match="holds files already"):
+    with pytest.raises(StorageError, match="holds files already"):
         export_model(run, tmp_path / "full", QUESTIONS)
     left = tmp_path / ".out.partial"  # of an export that was killed
     left.mkdir()
     (left / "model.safetensors").write_text("half")
     export_model(run, tmp_path / "out", QUESTIONS, dtype="fp32")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["full", "out"]
-    with pytest.raises(KeyboardInterrupt), room.aside(tmp_path / "next"):
+    with pytest.raises(KeyboardInterrupt), new_folder(tmp_path / "next"):
         raise KeyboardInterrupt
     assert not (tmp_path / "next").exists()
 

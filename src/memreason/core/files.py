@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +19,7 @@ __all__ = [
     "append_jsonl",
     "cache_dir",
     "file_hash",
+    "new_folder",
     "read_json",
     "read_jsonl",
     "read_traces",
@@ -57,6 +59,28 @@ def writing(path: Path | str) -> Iterator[None]:
             f"{path}: cannot be written ({reason}). "
             "What was complete before is kept; free space or fix the permissions, then run the same command again."
         ) from error
+
+
+@contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """A folder to write to that becomes `out` if all went well, and is gone otherwise, after a kill with the next one.
+
+    Raises StorageError if `out` holds files already.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise StorageError(f"{out}: holds files already; give an empty folder")
+    partial = out.with_name(f".{out.name}.partial")
+    with writing(out):
+        shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
+        partial.mkdir(parents=True)
+    try:
+        yield partial
+        with writing(out):
+            if out.exists():
+                out.rmdir()
+            partial.replace(out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def write_text(path: Path | str, text: str | Iterable[str]) -> None:

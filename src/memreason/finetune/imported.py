@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from importlib.metadata import version
@@ -16,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from memreason.core.errors import CheckpointError
-from memreason.core.files import file_hash, read_json, write_json, writing
+from memreason.core.files import file_hash, new_folder, read_json, write_json, writing
 from memreason.core.recipe import Recipe
 from memreason.data.tasks import task_named
 from memreason.encode.base import identity, load_config, load_model, load_tokenizer
@@ -57,33 +56,34 @@ def import_checkpoint(
 
     `task` is what it was trained on and says how questions are printed; `warn` is told what could not be kept as it
     was. The random bias of its head stays, in the scheme, unless it is to be dropped. Nothing is unpickled but tensors.
-    Raises CheckpointError for what is missing, torn, foreign or does not fit the base; `out` is then not there.
+    Raises CheckpointError for what is missing, torn, foreign or does not fit the base (`out` is then not there), and
+    StorageError if `out` holds files.
     """
     source, out = Path(source), Path(out)
     task_named(task)
     if not source.is_dir():
         raise CheckpointError(f"{source}: no such folder")
-    if out.exists() and any(out.iterdir()):
-        raise CheckpointError(f"{out}: holds files already; give an empty folder")
-    blocks, lora = read_blocks(source), _lora_fields(source)
-    pinned = identity(base, revision)
-    codec, order = bind(blocks, load_tokenizer(base, revision=pinned["revision"]), task, warn=warn)
-    first = min(codec.describe().values())
-    config = load_config(base, revision=pinned["revision"]).get_text_config()
-    rows = read_rows(source, len(order), config.vocab_size, tied=config.tie_word_embeddings)
-    used = first + len(order) > config.vocab_size
-    # On a tied base, too, the published head has new rows of its own.
-    model_fields = {"base": base, "untie": used and not rows.tied, "unsafe_weights": unsafe_weights, **pinned}
-    recipe = _recipe(codec, task, model_fields, lora)
-    model = load_model(**recipe.model.model_dump())
-    rows = place(rows, model, first, order, warn=warn)
-    bias = kept_bias(rows.bias, drop=drop_bias, warn=warn)
-    codec = Codec(replace(codec.scheme, row_bias=bias), codec.tokenizer)
-    add_rows(model, codec)
-    adapted = _adapted(model, codec, lora, source)
-    _put_rows(adapted, rows)
-    with writing(out):
-        _save(out, adapted, codec, recipe, _record(source, recipe, codec, rows))
+    with new_folder(out) as folder:
+        blocks, lora = read_blocks(source), _lora_fields(source)
+        pinned = identity(base, revision)
+        codec, order = bind(blocks, load_tokenizer(base, revision=pinned["revision"]), task, warn=warn)
+        first = min(codec.describe().values())
+        config = load_config(base, revision=pinned["revision"]).get_text_config()
+        rows = read_rows(source, len(order), config.vocab_size, tied=config.tie_word_embeddings)
+        used = first + len(order) > config.vocab_size
+        # On a tied base, too, the published head has new rows of its own.
+        model_fields = {"base": base, "untie": used and not rows.tied, "unsafe_weights": unsafe_weights, **pinned}
+        recipe = _recipe(codec, task, model_fields, lora)
+        model = load_model(**recipe.model.model_dump())
+        rows = place(rows, model, first, order, warn=warn)
+        bias = kept_bias(rows.bias, drop=drop_bias, warn=warn)
+        codec = Codec(replace(codec.scheme, row_bias=bias), codec.tokenizer)
+        add_rows(model, codec)
+        adapted = _adapted(model, codec, lora, source)
+        _put_rows(adapted, rows)
+        with writing(out):
+            save_checkpoint(folder, adapted, codec, recipe)
+            write_json(folder / RECORD, _record(source, recipe, codec, rows))
     return out
 
 
@@ -182,17 +182,3 @@ def _record(source: Path, recipe: Recipe, codec: Codec, rows: Rows) -> dict[str,
             "mean": float(rows.bias.abs().mean()),
         },
     }
-
-
-def _save(out: Path, adapted: Any, codec: Codec, recipe: Recipe, record: dict[str, Any]) -> None:
-    """Whole or not at all."""
-    aside = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(aside, ignore_errors=True)
-    try:
-        save_checkpoint(aside, adapted, codec, recipe)
-        write_json(aside / RECORD, record)
-        if out.is_dir():
-            out.rmdir()
-        aside.replace(out)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)

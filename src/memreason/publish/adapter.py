@@ -9,7 +9,7 @@ from typing import Any
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 
 from memreason.core.errors import ExportError
-from memreason.core.files import write_json, write_text
+from memreason.core.files import new_folder, write_json, write_text
 from memreason.core.trace import Question
 from memreason.encode.base import load_model, locate
 from memreason.encode.vocab import add_rows
@@ -18,7 +18,7 @@ from memreason.finetune.methods import network_of, trainable
 from memreason.publish import gate
 from memreason.publish.card import model_card
 from memreason.publish.chat import chat_template
-from memreason.publish.export import Figures, Step, aside, greedy, noting, unheard
+from memreason.publish.export import Figures, Step, greedy, noting, unheard
 
 __all__ = ["export_adapter"]
 
@@ -46,7 +46,7 @@ def export_adapter(
     settings, codec, (found, passed) = greedy(loaded.recipe), loaded.codec, noting(tell)
     named = base or loaded.recipe.model.base
 
-    with aside(out) as folder:
+    with new_folder(out) as folder:
         before = gate.ask_adapter(loaded, questions, settings)
         codec.tokenizer.chat_template = chat_template(codec)
         save_checkpoint(folder, _with_rows(loaded, named), codec, loaded.recipe)

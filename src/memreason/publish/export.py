@@ -5,16 +5,13 @@ It is written aside, and renamed at the end: a check that fails, Ctrl-C or a kil
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-from memreason.core.errors import ExportError
-from memreason.core.files import write_json, write_text, writing
+from memreason.core.files import new_folder, write_json, write_text
 from memreason.core.recipe import EvalRecipe, Recipe
 from memreason.core.trace import Question
 from memreason.encode.base import DTYPES
@@ -26,7 +23,7 @@ from memreason.publish.card import model_card
 from memreason.publish.chat import chat_template
 from memreason.publish.merge import hand_bias_over, merge, refuse_virtual_tokens
 
-__all__ = ["Figures", "Step", "aside", "export_model", "greedy", "noting", "unheard", "write_model"]
+__all__ = ["Figures", "Step", "export_model", "greedy", "noting", "unheard", "write_model"]
 
 Figures = dict[str, str]  # check -> what it found
 Step = Callable[[str, str], None]  # a check's name, and what it found
@@ -62,12 +59,13 @@ def export_model(
     checkpoint here as well.
 
     Merging is done in fp32 on the unquantised base, also where training was quantised; `dtype` is what is stored.
-    Raises CheckpointError if there is nothing to merge, ExportError if a check fails or `out` holds files already.
+    Raises CheckpointError if there is nothing to merge, ExportError if a check fails, StorageError if
+    `out` holds files already.
     """
     loaded = load_checkpoint(path, base=base, dtype="fp32", quantize=None, offload=False)
     refuse_virtual_tokens(loaded)
     settings, (found, passed) = greedy(loaded.recipe), noting(tell)
-    with aside(out) as folder:
+    with new_folder(out) as folder:
         before = gate.ask_adapter(loaded, questions, settings)
         model = merge(loaded)
         passed("logits of the adapter", gate.check_logits(model, before))
@@ -121,23 +119,3 @@ def _generation(merged: Any, codec: Codec, recipe: Recipe) -> GenerationConfig:
         max_new_tokens=recipe.eval.max_new_tokens,
         **({"sequence_bias": bias} if bias else {}),
     )
-
-
-@contextmanager
-def aside(out: Path) -> Iterator[Path]:
-    """A folder to write to that becomes `out` if all went well, and is gone otherwise. Raises ExportError if `out`
-    holds files already."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ExportError(f"{out}: holds files already; give --out an empty folder")
-    partial = out.with_name(f".{out.name}.partial")
-    with writing(out):
-        shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
-        partial.mkdir(parents=True)
-    try:
-        yield partial
-        with writing(out):
-            if out.exists():
-                out.rmdir()
-            partial.replace(out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)

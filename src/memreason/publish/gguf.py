@@ -10,13 +10,13 @@ import numpy as np
 from gguf import GGUFReader
 
 from memreason.core.errors import ExportError
-from memreason.core.files import read_json, write_json, write_text
+from memreason.core.files import new_folder, read_json, write_json, write_text
 from memreason.core.trace import Question
 from memreason.encode.codec import Codec
 from memreason.finetune.checkpoint import open_checkpoint
 from memreason.publish.card import model_card
 from memreason.publish.converter import convert, converter
-from memreason.publish.export import Figures, Step, aside, export_model, unheard
+from memreason.publish.export import Figures, Step, export_model, unheard
 
 __all__ = ["GGUF", "check_file", "export_gguf"]
 
@@ -41,7 +41,7 @@ def export_gguf(
     Raises ExportError if the converter refuses the model, or if the file fails a check.
     """
     source, script = open_checkpoint(path), script or converter()
-    with aside(out) as folder:
+    with new_folder(out) as folder:
         plain = folder / "plain"
         found = export_model(path, plain, questions, base=base, dtype="fp32", tell=tell)
         exported = open_checkpoint(plain)
