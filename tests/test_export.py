@@ -422,8 +422,21 @@ def test_a_hub_that_refuses_or_is_not_there(tmp_path: Path) -> None:
     assert "the hub is not reached" in pushed(tmp_path, "me/model", nowhere)
 
 
+def test_what_cannot_be_pushed_is_told_before_anything_is_made(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(room, "load_checkpoint", lambda *given, **named: pytest.fail("began"))
+    monkeypatch.setattr("memreason.publish.push.get_token", lambda: None)
+    for name, said in (("model", "OWNER/NAME is needed"), ("a b/c", "OWNER/NAME is needed"), ("me/model", "no token")):
+        assert main(["export", str(run), "--out", str(tmp_path / "out"), "--push", name]) == 2
+        assert said in capsys.readouterr().err
+    assert main(["export", str(run), "--to", "gguf", "--converter", "nothing.py", "--out", str(tmp_path / "out")]) == 2
+    assert "--converter nothing.py: no such file" in capsys.readouterr().err
+
+
 def test_nothing_is_pushed_before_the_gate(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _one_row_changed(monkeypatch)
     monkeypatch.setattr(exports, "push", lambda *given, **named: pytest.fail("pushed"))
+    monkeypatch.setenv("HF_TOKEN", "hf_" + "a" * 30)
     assert main(["export", str(run), "--out", str(tmp_path / "out"), "--push", "me/model"]) == 2
     assert not (tmp_path / "out").exists()

@@ -14,9 +14,9 @@ from memreason.finetune.checkpoint import open_checkpoint
 from memreason.publish.adapter import export_adapter
 from memreason.publish.export import Step, export_model, unheard
 from memreason.publish.gguf import GGUF, export_gguf
-from memreason.publish.push import push
+from memreason.publish.push import check_pushable, push
 
-__all__ = ["export", "next_steps", "push"]
+__all__ = ["check_pushable", "export", "next_steps", "push"]
 
 ASKED = 20  # questions whose traces are compared
 

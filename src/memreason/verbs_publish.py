@@ -35,6 +35,8 @@ def _export(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
     def tell(name: str, found: str) -> None:
         console.print(f"  [green]✓[/] {name}: {found}")
 
+    if arguments.push:
+        exports.check_pushable(arguments.push)
     options = {name: getattr(arguments, name) for name in ("base", "dtype", "gguf_type", "converter")}
     folder = exports.export(
         arguments.checkpoint, arguments.out, to=arguments.to, name=arguments.push, tell=tell, **options

@@ -41,6 +41,8 @@ def export_gguf(
     Raises ExportError if the converter refuses the model, or if the file fails a check.
     """
     source, script = open_checkpoint(path), script or converter()
+    if not script.is_file():
+        raise ExportError(f"--converter {script}: no such file")
     with new_folder(out) as folder:
         plain = folder / "plain"
         found = export_model(path, plain, questions, base=base, dtype="fp32", tell=tell)

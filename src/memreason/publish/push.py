@@ -7,12 +7,25 @@ from pathlib import Path
 import httpx2
 from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # exported, without saying so
 
 from memreason.core.errors import ExportError
 
-__all__ = ["push"]
+__all__ = ["check_pushable", "push"]
 
 KEPT = "The export itself is whole: "
+
+
+def check_pushable(name: str) -> None:
+    """Raises ExportError for a name that is none and where there is no token, before an export takes its minutes."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise ExportError(f"--push {name}: OWNER/NAME is needed ({str(error).splitlines()[0]})") from error
+    if name.count("/") != 1:
+        raise ExportError(f"--push {name}: OWNER/NAME is needed")
+    if not get_token():
+        raise ExportError(f"--push {name}: no token; set HF_TOKEN or run `hf auth login`")
 
 
 def push(folder: Path, name: str, *, public: bool = False) -> str:
@@ -20,14 +33,11 @@ def push(folder: Path, name: str, *, public: bool = False) -> str:
 
     The token is that of HF_TOKEN or of `hf auth login`. Raises ExportError if the hub refuses or is not reached.
     """
-    if not get_token():
-        raise ExportError(f"--push {name}: no token; set HF_TOKEN or run `hf auth login`")
+    check_pushable(name)
     api = HfApi()
     try:
         address = api.create_repo(name, private=not public, exist_ok=True)
         api.upload_folder(repo_id=name, folder_path=folder, commit_message="memreason export")
-    except HFValidationError as error:
-        raise ExportError(f"--push {name}: OWNER/NAME is needed ({str(error).splitlines()[0]})") from error
     except HfHubHTTPError as error:
         raise ExportError(f"--push {name}: the hub refused ({str(error).splitlines()[0]}). {KEPT}{folder}") from error
     except httpx2.TransportError as error:
