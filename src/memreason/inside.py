@@ -23,7 +23,7 @@ from memreason.core.files import (
 )
 from memreason.core.labelling import LabelRecipe
 from memreason.core.recipe import EvalRecipe
-from memreason.core.trace import Question, Trace
+from memreason.core.trace import MEMORY, REASON, Question, Trace
 from memreason.data.tasks import load_eval, load_splits
 from memreason.finetune.checkpoint import Checkpoint, checkpoint_for, load_checkpoint
 from memreason.generate.answer import read_samples
@@ -43,7 +43,7 @@ from memreason.measure.counterfactual import (
 )
 from memreason.measure.flows import Array, write_arrays
 from memreason.measure.judge import attribute_by_judge
-from memreason.measure.kinds import kind_reader, reader_accuracy
+from memreason.measure.kinds import by_words, kind_reader, reader_accuracy
 from memreason.measure.look import Closeup, close_up, overview
 from memreason.measure.probe import PROBES, Begun, Case, begun, cases_of, probe_table
 from memreason.measure.ways import fault_lines, faults_of, read_ways
@@ -85,7 +85,9 @@ def faults(
     source, lines = gold_lines(asked, gold, search or _searching(used.corpus)) if counterfactual else (None, {})
     folder = Path(evaluate(path, settings=used, base=base, checkpoint=loaded)["folder"])
     made = _first(read_traces(folder / "samples.jsonl"))
-    ways: dict[str, list[Attribution]] = {"exact": [attribute(trace) for trace in made]} if exact else {}
+    told = any(kind in (MEMORY, REASON) for trace in made for step in trace.steps for kind in step.kinds)
+    read = [trace if told else by_words(trace) for trace in made] if exact else []
+    ways: dict[str, list[Attribution]] = {"exact": [attribute(trace) for trace in read]} if exact else {}
     table: dict[str, Any] = {"task": task, "split": used.split, "folder": str(folder)}
     if source:
         tried = _interventions(loaded, made, lines, used, folder)

@@ -28,7 +28,7 @@ from memreason.encode.base import pick_dtype
 from memreason.encode.codec import Codec
 from memreason.encode.examples import Example, coloured_mask, encode_trace, pack_stream
 from memreason.fast.memory import peak_memory
-from memreason.finetune.checkpoint import Checkpoint, checkpoint_for, open_checkpoint
+from memreason.finetune.checkpoint import Checkpoint, checkpoint_for, open_checkpoint, save_untrained
 from memreason.finetune.prepare import Prepared, pinned, prepare, trainable_model
 from memreason.finetune.processes import together
 from memreason.finetune.spread import is_spread
@@ -65,6 +65,8 @@ def train(recipe: Recipe, *, fresh: bool = False) -> Path:
     start = time.monotonic()
     recipe = pinned(recipe, known)
     ready = prepare(recipe, warn=note)
+    if recipe.method.name == "prompting":
+        return _untrained(recipe, ready)
     rows: Sequence[Example] = ready.examples.rows
     if recipe.train.mode == "constant_len":
         rows = pack_stream(rows, recipe.train.model_max_length)
@@ -76,9 +78,19 @@ def train(recipe: Recipe, *, fresh: bool = False) -> Path:
         scored = any("eval_acc" in entry for entry in done["history"])
         best = {"checkpoint": done["best"], "by": f"eval_acc on {recipe.train.select_on}" if scored else "last"}
         spent = {"seconds": round(time.monotonic() - start, 1), "peak_memory": peak_memory()}
+        spent["trainable_parameters"] = sum(p.numel() for p in model.parameters() if p.requires_grad)
         write_json(manifest, {**read_json(manifest), "best": best, "metrics": done["metrics"] | spent})
     PartialState().wait_for_everyone()
     return folder
+
+
+def _untrained(recipe: Recipe, ready: Prepared) -> Path:
+    """A run in which nothing is trained: its one checkpoint is the base model and how it is asked."""
+    if PartialState().is_main_process:
+        best = {"checkpoint": save_untrained(recipe.folder, ready.codec, recipe), "by": "nothing was trained"}
+        write_json(recipe.folder / "manifest.json", {**_manifest(recipe, ready), "best": best, "metrics": {}})
+    PartialState().wait_for_everyone()
+    return recipe.folder
 
 
 def _claim(recipe: Recipe, fresh: bool) -> None:
@@ -233,7 +245,7 @@ def ask(path: Path | str, text: str, *, choices: Sequence[str] = (), base: str |
 
 def run(recipe: Recipe, *, fresh: bool = False) -> dict[str, Any]:
     """Data, training, evaluation: the whole of a recipe."""
-    if recipe.eval.engine != "local":
+    if recipe.eval.engine in ("vllm", "openai"):
         raise RecipeError(
             f"eval.engine: {recipe.eval.engine} runs exported models. Train first, then `memreason export` and "
             f"`memreason eval EXPORT --eval.engine {recipe.eval.engine}`",
@@ -245,6 +257,9 @@ def run(recipe: Recipe, *, fresh: bool = False) -> dict[str, Any]:
 def dry_run(recipe: Recipe) -> None:
     """Render three examples with the mask in colour and print what training would take here; train nothing."""
     training_arguments(recipe)  # a wrong argument must show here too
+    if recipe.method.name == "prompting":
+        note("method prompting: nothing is trained, there is nothing to estimate")
+        return
     ready = prepare(recipe, warn=note)
     for trace in ready.splits.train[:3]:
         console.print(coloured_mask(ready.codec, encode_trace(ready.codec, trace)), "")

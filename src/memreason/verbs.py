@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from memreason.core.errors import RecipeError
+from memreason.verbs_compare import COMPARE
 from memreason.verbs_data import DATA
 from memreason.verbs_inside import BASE, INSIDE, RAY, RUN, opened
 from memreason.verbs_label import LABEL
@@ -161,5 +162,5 @@ VERBS = {
         },
     ),
 }
-VERBS |= {name: Verb(*row) for name, row in (INSIDE | LABEL | DATA | PUBLISH | SCALE).items()}
+VERBS |= {name: Verb(*row) for name, row in (INSIDE | COMPARE | LABEL | DATA | PUBLISH | SCALE).items()}
 GROUPS = {"data": "questions and traces", "lm-eval": "files of lm-evaluation-harness", "models": "base models"}

@@ -26,8 +26,6 @@ __all__ = [
     "shipped",
 ]
 
-METHODS = ("full", "lora", "prompt-tuning", "lora+prompt-tuning", "prefix-tuning")
-
 
 @cache
 def training_argument_types() -> dict[str, Any]:
@@ -60,8 +58,13 @@ class DataRecipe(Stage):
     validation: float = Field(
         0.1, ge=0, lt=1, description="share of the training traces held out where a task has no validation split"
     )
-    step_types: Literal["labelled", "arithmetic"] = Field(
-        "labelled", description="kinds of steps: as labelled, or the operators + - * / of each line"
+    step_types: Literal["labelled", "arithmetic", "shuffled", "pause"] = Field(
+        "labelled",
+        description="kinds of lines: as labelled; the operators + - * / of each; as labelled but dealt out at random; "
+        "one kind for all",
+    )
+    lines: Literal["all", "none", "memory-first"] = Field(
+        "all", description="lines of the training traces: all, only the answer, or memory before reason"
     )
     hops: list[int] | None = Field(None, description="atlas: how many lines must be combined")
     obscurity: tuple[float, float] | None = Field(None, description="atlas: range of population rank, 0 to 1")
@@ -93,6 +96,7 @@ class TokensRecipe(Stage):
         "each_step", description="where blocks stand: plan_first has all before the lines, plan_only no lines"
     )
     template: Literal["plain", "alpaca"] = Field("plain", description="text around the question")
+    instruction: str = Field("", description="what the model is told behind the question, e.g. to think step by step")
     add: bool = Field(True, description="False: no planning tokens at all")
     words: str = Field("", description="plain text that names a line's kinds instead of tokens, e.g. '{kind}:'")
 
@@ -107,8 +111,8 @@ class TokensRecipe(Stage):
 
 
 class MethodRecipe(Stage):
-    name: Literal["full", "lora", "prompt-tuning", "lora+prompt-tuning", "prefix-tuning"] = Field(
-        "lora+prompt-tuning", description="what is trained (prompt-tuning: the new rows)"
+    name: Literal["full", "lora", "prompt-tuning", "lora+prompt-tuning", "prefix-tuning", "prompting"] = Field(
+        "lora+prompt-tuning", description="what is trained (prompt-tuning: the new rows; prompting: nothing)"
     )
     lora_module: Literal["mlp", "atten", "all"] | list[str] = Field("all", description="which projections carry LoRA")
     lora_r: int = Field(16, ge=1, description="rank")
@@ -160,8 +164,10 @@ class EvalRecipe(Stage):
     n_samples: int = Field(1, ge=1, description="traces per question")
     seed: int = Field(0, description="of sampling, and of the draw of questions")
     calculator: bool = Field(False, description="complete GSM8K's <<48/2= while generating")
-    engine: Literal["local", "vllm", "openai"] = Field(
-        "local", description="what generates: here, or for an exported model vLLM or any OpenAI-compatible server"
+    engine: Literal["local", "vllm", "openai", "chat"] = Field(
+        "local",
+        description="what generates: here; for an exported model vLLM or any OpenAI-compatible server; chat: any chat "
+        "model of such a server, asked in words",
     )
     base_url: str | None = Field(None, description="of the server, e.g. http://127.0.0.1:8000/v1")
     served_model: str | None = Field(None, description="the model's name there (None: the only one that it serves)")
@@ -195,10 +201,11 @@ class EvalRecipe(Stage):
             raise ValueError(f"eval.engine: {self.engine} does not stop at memory lines; eval.memory needs local")
         if self.calculator and self.engine != "local":
             raise ValueError(f"eval.engine: {self.engine} cannot be given results; eval.calculator needs local")
-        if self.engine == "openai" and not self.base_url:
-            raise ValueError("eval.base_url: eval.engine openai needs one, e.g. http://127.0.0.1:8000/v1")
-        if self.engine != "openai" and (self.base_url or self.served_model):
-            raise ValueError("eval.base_url, eval.served_model: they are for eval.engine openai")
+        served = self.engine in ("openai", "chat")
+        if served and not self.base_url:
+            raise ValueError(f"eval.base_url: eval.engine {self.engine} needs one, e.g. http://127.0.0.1:8000/v1")
+        if not served and (self.base_url or self.served_model):
+            raise ValueError("eval.base_url, eval.served_model: they are for eval.engine openai and chat")
         return self
 
 
@@ -221,6 +228,12 @@ class Recipe(Stage):
     def check_together(self) -> Recipe:
         if self.method.name == "prefix-tuning" and (self.train.model_extra or {}).get("gradient_checkpointing"):
             raise ValueError("train.gradient_checkpointing: prefix-tuning does not take it; leave it out")
+        if self.method.name == "prompting" and self.tokens.add:
+            raise ValueError("tokens.add: nothing is trained by method prompting, so it must be false")
+        if self.eval.engine == "chat" and self.method.name != "prompting":
+            raise ValueError(
+                "eval.engine: chat asks another model than the trained one; it needs method.name prompting"
+            )
         if self.method.name == "full" and self.model.quantize:
             raise ValueError("model.quantize: quantised weights cannot be trained in full; use a LoRA method")
         return self

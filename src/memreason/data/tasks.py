@@ -11,8 +11,8 @@ from memreason.core.errors import DataError, TaskError
 from memreason.core.files import cache_dir, read_traces, write_traces
 from memreason.core.recipe import DataRecipe
 from memreason.core.trace import Trace
-from memreason.data.arithmetic import label_arithmetic
 from memreason.data.atlas import make_atlas
+from memreason.data.lines import prepared_lines
 from memreason.data.mix import carve_validation, leak_guard, mix, subset
 from memreason.data.published import ImportReport, import_published
 from memreason.data.readers import read_hub
@@ -162,7 +162,7 @@ def load_splits(data: DataRecipe, warn: Callable[[str], None] = print) -> Splits
     elif data.task == "atlas":
         train = make_atlas("train", data.n_train or 2000, seed=data.seed, hops=data.hops, obscurity=data.obscurity)
         held = make_atlas("validation", 100, seed=data.seed, hops=data.hops, obscurity=data.obscurity)
-        return Splits(_with_kinds(train, data), _with_kinds(held, data), [])
+        return Splits(prepared_lines(train, data), prepared_lines(held, data), [])
     else:
         task = task_named(data.task)
         traces = _stored(data.task, task, "train", warn) or []
@@ -173,7 +173,6 @@ def load_splits(data: DataRecipe, warn: Callable[[str], None] = print) -> Splits
                 f"task {data.task} has questions but no labelled traces here. Import some (memreason data import FILE "
                 f"--task {data.task} --split train) or give --data FILE.jsonl."
             )
-    traces = _with_kinds(traces, data)
     unlabelled = [trace for trace in traces if not trace.steps]
     if unlabelled:
         warn(f"left out {len(unlabelled)} traces without steps")
@@ -189,11 +188,7 @@ def load_splits(data: DataRecipe, warn: Callable[[str], None] = print) -> Splits
     train, validation = carve_validation(traces, data.validation, seed=data.seed) if data.validation else (traces, [])
     if not train:
         raise DataError(f"no training traces are left of {data.paths or data.task}")
-    return Splits(train, validation, leaked, files)
-
-
-def _with_kinds(traces: list[Trace], data: DataRecipe) -> list[Trace]:
-    return [label_arithmetic(trace) for trace in traces] if data.step_types == "arithmetic" else traces
+    return Splits(prepared_lines(train, data), prepared_lines(validation, data), leaked, files)
 
 
 def _path_and_weight(spec: str) -> tuple[Path, float]:

@@ -28,6 +28,10 @@ class Rows(Sequence[Example]):
         self.ids, self.supervised, self.lengths = ids, supervised, lengths
         self.starts = np.cumsum(lengths) - lengths
 
+    @classmethod
+    def none(cls) -> Rows:
+        return cls(np.empty(0, np.int32), np.empty(0, np.bool_), np.empty(0, np.int64))
+
     def __len__(self) -> int:
         return len(self.lengths)
 

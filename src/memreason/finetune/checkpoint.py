@@ -14,10 +14,10 @@ from typing import Any
 from peft import PeftModel
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, TrainerState
 
 from memreason.core.errors import CheckpointError
-from memreason.core.files import write_text
+from memreason.core.files import new_folder, write_text
 from memreason.core.recipe import EvalRecipe, Recipe, load_recipe
 from memreason.encode.base import bare_tokenizer, load_config, load_model, load_tokenizer, pick_dtype, text_fingerprint
 from memreason.encode.codec import Codec
@@ -28,7 +28,7 @@ from memreason.finetune.spread import spread
 
 __all__ = [
     "Checkpoint", "Elsewhere", "checkpoint_for", "checkpoints_in", "load_checkpoint", "open_checkpoint", "resolve",
-    "save_checkpoint", "with_weights",
+    "save_checkpoint", "save_untrained", "with_weights",
 ]  # fmt: skip
 
 ADAPTER = "adapter_config.json"
@@ -57,7 +57,7 @@ class Elsewhere(nn.Module):
     def config(self) -> Any:
         """Raises CheckpointError, or ModelError where an adapter's base cannot be found."""
         folder = Path(self.name_or_path)
-        if (folder / ADAPTER).is_file():
+        if not (folder / "config.json").is_file():  # an adapter, or nothing that was trained
             return load_config(self.base)
         with _readable(folder, "its configuration cannot be read"):
             return AutoConfig.from_pretrained(folder)
@@ -78,6 +78,17 @@ def save_checkpoint(
     codec.tokenizer.save_pretrained(folder)
     codec.scheme.save(folder)
     write_text(folder / "recipe.yaml", recipe.to_yaml())
+
+
+def save_untrained(run: Path, codec: Codec, recipe: Recipe) -> str:
+    """A checkpoint of what is not trained: all but weights, which are the base's. Returns its name."""
+    with new_folder(run / "checkpoint-0") as folder:
+        codec.tokenizer.save_pretrained(folder)
+        codec.scheme.save(folder)
+        write_text(folder / "recipe.yaml", recipe.to_yaml())
+        for place in (folder, run):
+            TrainerState().save_to_json(str(place / "trainer_state.json"))
+    return "checkpoint-0"
 
 
 def checkpoints_in(run: Path) -> list[Path]:
@@ -136,6 +147,10 @@ def with_weights(opened: Checkpoint, *, base: str | None = None, **model_changes
     folder, codec, recipe = opened.folder, opened.codec, opened.recipe
     named = {"base": base, "revision": None, "fingerprint": None} if base else {}
     settings = recipe.model.model_copy(update=model_changes | named)
+    if recipe.method.name == "prompting":
+        if base:
+            _check_tokenizer(base, folder, recipe, codec.scheme)
+        return _placed(opened, load_model(**settings.model_dump(), seed=recipe.seed).eval(), False)
     if not (folder / ADAPTER).is_file():
         with _readable(folder, "its weights cannot be read"):
             weights = {"dtype": pick_dtype(settings.dtype), "use_safetensors": True}

@@ -41,8 +41,11 @@ def trainable(model: Any, codec: Codec, method: MethodRecipe, *, checkpointing: 
 
     full: everything. lora: LoRA alone. prompt-tuning: the new rows alone (with blocks only at the
     front: PEFT's virtual tokens). lora+prompt-tuning: both. prefix-tuning: virtual keys and values.
+    prompting: nothing.
     Raises ModelError if no layer of the model has a name that LoRA is to be put on.
     """
+    if method.name == "prompting":
+        return model
     if method.name == "full":
         if model.dtype == torch.float16:  # fp16 weights lose AdamW's small steps, and GradScaler refuses them
             nn.Module.float(model)

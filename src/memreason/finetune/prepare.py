@@ -7,11 +7,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from memreason.core.errors import RecipeError
 from memreason.core.recipe import Recipe
 from memreason.data.tasks import TASKS, Splits, load_splits
 from memreason.encode.base import identity, load_model, load_tokenizer
 from memreason.encode.codec import Codec
-from memreason.encode.examples import Examples, encode_traces
+from memreason.encode.examples import Examples, Rows, encode_traces
 from memreason.encode.scheme import TokenScheme
 from memreason.encode.vocab import add_rows, add_tokens
 from memreason.finetune.methods import trainable
@@ -35,10 +36,13 @@ class Prepared:
 
 def prepare(recipe: Recipe, *, warn: Callable[[str], None] = log.warning) -> Prepared:
     """Data, tokenizer and examples of a recipe; `warn` is told what was left out."""
-    splits = load_splits(recipe.data, warn=warn)
+    trained = recipe.method.name != "prompting"
+    splits = load_splits(recipe.data, warn=warn) if trained else Splits([], [], [])
     settings = recipe.model
     tokenizer = load_tokenizer(settings.base, revision=settings.revision, trust_remote_code=settings.trust_remote_code)
     codec = add_tokens(scheme_of(recipe), tokenizer)
+    if not trained:
+        return Prepared(splits, codec, Examples(Rows.none()))
     examples = encode_traces(codec, splits.train, recipe.train.model_max_length, cut=recipe.train.cut)
     if examples.dropped or examples.cut:
         warn(f"{examples.dropped} traces dropped, {examples.cut} cut: over {recipe.train.model_max_length} tokens")
@@ -66,11 +70,19 @@ def scheme_of(recipe: Recipe) -> TokenScheme:
         n_special=tokens.n_special if blocks and tokens.kinds else 0,
         kinds=tuple(tokens.kinds),
         placement=tokens.placement,
-        question_template=ALPACA if tokens.template == "alpaca" else task.question_template,
+        question_template=_instructed(ALPACA if tokens.template == "alpaca" else task.question_template, recipe),
         choice_template=task.choice_template,
         words=tokens.words,
         noise_seed=recipe.seed,
     )
+
+
+def _instructed(template: str, recipe: Recipe) -> str:
+    """The instruction stands on a line of its own behind the question and its choices."""
+    told = recipe.tokens.instruction
+    if "{" in told:
+        raise RecipeError(f"tokens.instruction: braces are the template's, got {told!r}", "recipe")
+    return template.replace("{choices}", "{choices}\n" + told) if told else template
 
 
 def trainable_model(recipe: Recipe, codec: Codec) -> Any:

@@ -29,7 +29,12 @@ def _elsewhere(room: str) -> Engine:
     return lambda *given: import_module(f"memreason.generate.{room}").complete(*given)  # type: ignore[no-any-return]
 
 
-ENGINES: dict[str, Engine] = {"local": decode, "openai": _elsewhere("server"), "vllm": _elsewhere("vllm")}
+ENGINES: dict[str, Engine] = {
+    "local": decode,
+    "openai": _elsewhere("server"),
+    "chat": _elsewhere("server"),
+    "vllm": _elsewhere("vllm"),
+}
 
 
 def generate(

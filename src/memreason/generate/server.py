@@ -4,6 +4,9 @@ How a server is asked is found out once, with the first row, from the best way t
 llama.cpp), as text, as a user's message (the chat template of the exported tokenizer makes the prompt of it); each with
 what servers know beyond OpenAI's fields, then without. Ids and log-probabilities are read where the answer holds them.
 
+The engine "chat" asks any chat model, which was not trained here: the whole prompt is a user's message, and of what
+comes back only the text counts.
+
 What comes as text is read by our tokenizer, which knows the blocks. Trap: these ids spell the same text, but need not
 be those that were generated, so they have no figures (nan). What the server made of a prompt is checked by its count
 of tokens: a tokenizer without the blocks takes them apart.
@@ -92,18 +95,22 @@ class _Server(NamedTuple):
             "model-default": {},
         }[settings.decoding]
         if self.beyond:
-            figures = {"logprobs": True, "top_logprobs": 2} if self.way == "chat" else {"logprobs": 2}
+            chat = {} if self.way == "words" else {"logprobs": True, "top_logprobs": 2}
+            figures = chat if self.way in ("chat", "words") else {"logprobs": 2}
             extras = BEYOND | figures | (NEUTRAL if sampling else {})
         named = {"model": self.model} if self.model else {}
         return {**named, **WAYS[self.way](self.codec, row), "max_tokens": row.limit, **sampling, **extras}
 
     def answer(self, row: Row, body: Json) -> None:
         """Fill in a row. Raises EngineError for a prompt that was read otherwise, and for lost blocks."""
-        found = self.post(body)
+        found, eos = self.post(body), self.codec.eos_id
         try:
             choice, usage = found["choices"][0], found.get("usage") or {}
         except (TypeError, KeyError, IndexError) as error:
             raise EngineError(f"{self.settings.base_url}: no completion came back, but {str(found)[:200]}") from error
+        if self.way == "words":
+            row.fill([*self.codec.encode(self.reply(choice)), eos], [], eos)
+            return
         read = choice.get("prompt_token_ids") or found.get("prompt_token_ids")
         count = len(read) if read else usage.get("prompt_tokens")
         if count != len(row.pending) or (read and list(read) != row.pending):
@@ -111,7 +118,7 @@ class _Server(NamedTuple):
                 f"{self.settings.base_url}: it reads a prompt of {len(row.pending)} tokens as {count}. Is what it "
                 "serves the exported model (memreason export), with its tokenizer?"
             )
-        spent, eos = usage.get("completion_tokens"), self.codec.eos_id
+        spent = usage.get("completion_tokens")
         ids, figures = ids_of(choice, spent, eos) or (self.reread(choice, spent), [])
         if not ids or (choice.get("finish_reason") == "stop" and ids[-1] != eos):
             ids, figures = [*ids, eos], [*figures, {}] if figures else []
@@ -121,9 +128,12 @@ class _Server(NamedTuple):
         path = "/chat/completions" if "messages" in body else "/completions"
         return self.client.post(path, cast_to=object, body=body)
 
+    def reply(self, choice: Json) -> str:
+        return str(choice.get("text") or (choice.get("message") or {}).get("content") or "")
+
     def reread(self, choice: Json, spent: int | None) -> list[int]:
         """Ids of an answer's text. `spent`: how many were generated."""
-        text = choice.get("text") or (choice.get("message") or {}).get("content") or ""
+        text = self.reply(choice)
         ids: list[int] = self.codec.tokenizer(text, add_special_tokens=False)["input_ids"]
         tagged = self.codec.places.keys() & set(ids) or not self.codec.blocks.get(ANSWER)
         if not tagged and spent is not None and spent - len(ids) >= 2:
@@ -155,11 +165,18 @@ def _message(codec: Codec, row: Row) -> str:
     return codec.scheme.message(row.question)
 
 
+def _words(codec: Codec, row: Row) -> str:
+    """A whole prompt, demonstrations and instruction included, as a user would write it."""
+    return str(codec.tokenizer.decode(row.pending, skip_special_tokens=True)).strip()
+
+
 WAYS: dict[str, Callable[[Codec, Row], Json]] = {
     "ids": lambda codec, row: {"prompt": row.pending},
     "text": lambda codec, row: {"prompt": _text(codec, row)},
     "chat": lambda codec, row: {"messages": [{"role": "user", "content": _message(codec, row)}]},
+    "words": lambda codec, row: {"messages": [{"role": "user", "content": _words(codec, row)}]},
 }
+ASKED = {"openai": ("ids", "text", "chat"), "chat": ("words",)}  # the ways of an engine, from the best
 REFUSALS = {400, 404, 405, 415, 422, 500, 501}  # of a way to ask; 500 after as many tries as any failure
 
 
@@ -170,10 +187,10 @@ def _way_of(client: openai.OpenAI, codec: Codec, settings: EvalRecipe, row: Row)
         raise EngineError(f"{settings.base_url}: serves {', '.join(listed)}. Which? Give --eval.served_model NAME")
     name = settings.served_model or (listed[0] if listed else None)
     refused: openai.APIStatusError | None = None
-    for way, beyond in product(WAYS, (True, False)):
+    for way, beyond in product(ASKED[settings.engine], (True, False)):
         server = _Server(client, codec, settings, name, way, beyond)
         try:
-            if way != "chat":
+            if way in ("ids", "text"):
                 _check_blocks(server)
             server.answer(row, server.body(row))
             return server

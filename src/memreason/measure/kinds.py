@@ -6,12 +6,13 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import pairwise
 
 from memreason.core.trace import Question, Trace
 from memreason.data.atlas_rules import line_kind
 
-__all__ = ["KindOf", "kind_reader", "learnt_reader", "reader_accuracy"]
+__all__ = ["KindOf", "by_words", "kind_reader", "learnt_reader", "reader_accuracy"]
 
 KindOf = Callable[[Question, str], str | None]
 
@@ -20,6 +21,12 @@ def kind_reader(traces: Sequence[Trace]) -> KindOf:
     """Reads atlas's lines by their forms, and those of other tasks by what `traces` (labelled ones) teach."""
     learnt = learnt_reader(traces)
     return lambda question, text: line_kind(text) if "form" in question.meta else learnt(question, text)
+
+
+def by_words(trace: Trace) -> Trace:
+    """The trace of an atlas question with kinds told by its lines' words, not by their blocks."""
+    read = [(step, line_kind(step.text)) for step in trace.steps]
+    return replace(trace, steps=tuple(replace(step, kinds=(kind,) if kind else ()) for step, kind in read))
 
 
 def learnt_reader(traces: Sequence[Trace]) -> KindOf:

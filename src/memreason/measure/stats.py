@@ -16,6 +16,8 @@ from memreason.measure.score import Score, chance, majority
 __all__ = [
     "cluster_bootstrap",
     "cohens_kappa",
+    "crossed_bootstrap",
+    "holm",
     "kappa_bootstrap",
     "mcnemar_exact",
     "paired_bootstrap",
@@ -103,6 +105,52 @@ def paired_bootstrap(
     _paired(a, b, "the same questions")
     difference = [float(x) - float(y) for x, y in zip(a, b, strict=True)]
     return cluster_bootstrap(difference, groups, samples=samples, seed=seed, confidence=confidence)
+
+
+def crossed_bootstrap(
+    rows: Sequence[Sequence[float]],
+    groups: Sequence[Hashable],
+    minus: Sequence[Sequence[float]] | None = None,
+    *,
+    samples: int = 10_000,
+    seed: int = 0,
+    confidence: float = 0.95,
+) -> tuple[float, float, float, float]:
+    """(mean, low, high, standard error) of values that stand in rows (seeds) and columns (questions, in groups), or of
+    their mean less that of `minus` on the same questions: whole groups and whole rows drawn with replacement, groups
+    for both alike (the pigeonhole bootstrap, Owen 2007, AOAS 1:386)."""
+    sides = [np.asarray(side, dtype=float) for side in (rows, minus) if side is not None]
+    for side in sides:
+        _paired(side[0], groups, "values and groups")
+    place: dict[Hashable, int] = {}
+    index = [place.setdefault(label, len(place)) for label in groups]
+    sizes = np.bincount(index)
+    sums = [np.stack([np.bincount(index, row) for row in side], axis=1) for side in sides]  # (groups, rows)
+    random = np.random.default_rng(seed)
+    drawn = np.empty(samples)
+    step = max(1, CELLS // len(sizes))
+    for start in range(0, samples, step):
+        count = min(step, samples - start)
+        picked = random.multinomial(len(sizes), [1 / len(sizes)] * len(sizes), size=count)
+        means = []
+        for one in sums:
+            k = one.shape[1]
+            weights = random.multinomial(k, [1 / k] * k, size=count) / k
+            means.append((picked @ one / (picked @ sizes)[:, None] * weights).sum(axis=1))
+        drawn[start : start + count] = means[0] - means[1] if minus is not None else means[0]
+    low, high = np.quantile(drawn, [0.5 - confidence / 2, 0.5 + confidence / 2])
+    mean = sides[0].mean() - (sides[1].mean() if minus is not None else 0.0)
+    return float(mean), float(low), float(high), float(drawn.std(ddof=1))
+
+
+def holm(ps: Sequence[float]) -> list[float]:
+    """p values of several tests, adjusted so that all together err as one would (Holm 1979, Scand. J. Stat. 6:65)."""
+    order = sorted(range(len(ps)), key=lambda place: ps[place])
+    adjusted, most = [0.0] * len(ps), 0.0
+    for rank, place in enumerate(order):
+        most = max(most, min(1.0, (len(ps) - rank) * ps[place]))
+        adjusted[place] = most
+    return adjusted
 
 
 def cohens_kappa(pairs: Sequence[tuple[Hashable, Hashable]]) -> float:

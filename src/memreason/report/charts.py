@@ -10,7 +10,7 @@ from markupsafe import Markup, escape
 
 from memreason.measure.stats import wilson
 
-__all__ = ["curve", "difference", "heat", "interval", "reliability", "retrieval", "stack"]
+__all__ = ["curve", "difference", "heat", "interval", "reliability", "retrieval", "scatter", "stack"]
 
 Point = tuple[float, float]
 HEIGHT = 170  # pixels of a plot
@@ -151,6 +151,26 @@ def retrieval(points: Sequence[Mapping[str, Any]]) -> Markup:
     across = [(0.0, "none retrieved"), (0.5, "half"), (1.0, "all")]
     told = "accuracy by share of memory lines retrieved: " + "; ".join(titles)
     return _picture(told, HEIGHT + 22, *_axes(across, ticks), *parts, *_dots(places, titles), style="plot")
+
+
+def scatter(points: Sequence[Mapping[str, Any]], marks: Mapping[str, float]) -> Markup:
+    """Accuracy (0 to 1) with its interval against tokens per answer; a number at each point, which a table explains."""
+    last = max(one["tokens"] for one in points) * 1.05 or 1.0
+    parts = []
+    for name, value in marks.items():
+        y = HEIGHT * (1 - value)
+        told = _tag("title", f"{name} {value:.3f}")
+        parts.append(_tag("line", told, class_=f"mark {name}", x1=0, x2="100%", y1=y, y2=y))
+    for place, one in enumerate(points, 1):
+        x, y = one["tokens"] / last, HEIGHT * (1 - one["accuracy"])
+        title = f"{one['arm']}: accuracy {one['accuracy']:.3f}, {one['tokens']:.1f} tokens per answer"
+        parts.append(_whisker(x, one["interval"]))
+        parts.append(_tag("circle", _tag("title", title), class_="dot", cx=_percent(x), cy=f"{y:.1f}", r=8))
+        parts.append(_tag("text", str(place), class_="numbered", x=_percent(x), y=f"{y + 4:.1f}"))
+    across = [(share, f"{last * share:.0f}") for share in (0.0, 0.5, 1.0)]
+    up = [(share, f"{share:.1f}") for share in (0.0, 0.5, 1.0)]
+    every = "accuracy against tokens per answer: " + "; ".join(f"{p['arm']} {p['accuracy']:.3f}" for p in points)
+    return _picture(every, HEIGHT + 22, *_axes(across, up), *parts, style="plot")
 
 
 def heat(names: Sequence[str], rows: Sequence[Sequence[float | None]]) -> Markup:
