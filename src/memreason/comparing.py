@@ -31,7 +31,7 @@ FIRST = ("trainable_parameters", "train_tokens", "steps")  # the same on every s
 
 
 def plan(comparison: Comparison) -> list[Job]:
-    """The jobs of a comparison, arm by arm. With `same: tokens` every trained arm is given the steps in which it sees
+    """The jobs of a comparison, seed by seed. With `same: tokens` every trained arm is given the steps in which it sees
     as many tokens as the arm that it is compared with. Raises RecipeError with every mistake of every arm."""
     jobs = jobs_of(comparison)
     return jobs if comparison.same == "steps" else jobs_of(comparison, _as_many_tokens(comparison, jobs))
@@ -91,14 +91,14 @@ def _said(record: dict[str, Any]) -> str:
 
 def _record(recipe: Recipe) -> Path:
     """What is kept of an arm that is done, by how it was evaluated."""
-    return recipe.folder / f"arm-{settings_hash(recipe.eval.model_dump(mode='json'))}.json"
+    return recipe.folder / f"arm-{settings_hash(recipe.eval.model_dump(mode='json', exclude_defaults=True))}.json"
 
 
 def table_of(comparison: Comparison, jobs: Sequence[Job]) -> dict[str, Any]:
     """The comparison of arms that are all done."""
-    records: dict[str, dict[str, dict[str, Any]]] = {}
+    records: dict[str, dict[str, dict[str, Any]]] = {arm: {} for arm in comparison.arms}
     for job in jobs:  # seeds on which nothing of an arm depends share a folder, and count once
-        records.setdefault(job.arm, {}).setdefault(str(job.recipe.output_dir), read_json(_record(job.recipe)))
+        records[job.arm].setdefault(str(job.recipe.output_dir), read_json(_record(job.recipe)))
     answers = {arm: [_answers(record) for record in found.values()] for arm, found in records.items()}
     table = arm_table(answers, comparison.against)
     for row in table["arms"]:

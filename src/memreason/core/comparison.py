@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
@@ -80,7 +81,7 @@ def load_comparison(source: str | Path, overrides: Overrides = ()) -> Comparison
 
 
 def jobs_of(comparison: Comparison, known: Mapping[str, Fields] | None = None) -> list[Job]:
-    """Every arm on every seed, as a recipe whose folder lies in the comparison's. `known` are fields of arms that
+    """Every arm on every seed, seed by seed, as a recipe whose folder lies in the comparison's. `known` are fields of arms that
     stand in none of the files.
 
     Arms that come to the same recipe share a folder, so that nothing is trained twice; so do the seeds of an arm on
@@ -88,7 +89,7 @@ def jobs_of(comparison: Comparison, known: Mapping[str, Fields] | None = None) -
     """
     jobs, problems = [], list[str]()
     folders: dict[str, Path] = {}
-    for arm, seed in ((arm, seed) for arm in comparison.arms for seed in comparison.seeds):
+    for seed, arm in product(comparison.seeds, comparison.arms):  # a whole comparison on one seed comes first
         fields = dict(_dotted(comparison.settings)) | dict(_dotted(comparison.arms[arm]))
         fields |= dict(_dotted((known or {}).get(arm, {})))
         try:
@@ -98,7 +99,9 @@ def jobs_of(comparison: Comparison, known: Mapping[str, Fields] | None = None) -
             continue
         if not _depends_on_seed(recipe):
             recipe = recipe.model_copy(update={"seed": comparison.seeds[0]})
-        key = settings_hash(recipe.model_dump(mode="json", exclude={"eval", "name", "output_dir"}))
+        key = settings_hash(
+            recipe.model_dump(mode="json", exclude={"eval", "name", "output_dir"}, exclude_defaults=True)
+        )
         folder = folders.setdefault(key, comparison.folder / "arms" / f"{_slug(arm)}-{key}")
         jobs.append(Job(arm, seed, recipe.model_copy(update={"name": _slug(arm), "output_dir": str(folder)})))
     if problems:
@@ -112,7 +115,7 @@ def _dotted(fields: Fields) -> Iterator[tuple[str, Any]]:
 
 
 def _depends_on_seed(recipe: Recipe) -> bool:
-    return recipe.method.name != "prompting" or bool(getattr(recipe.data, "k_shot", 0))  # type: ignore
+    return recipe.method.name != "prompting"
 
 
 def _slug(arm: str) -> str:
