@@ -81,8 +81,8 @@ def load_comparison(source: str | Path, overrides: Overrides = ()) -> Comparison
 
 
 def jobs_of(comparison: Comparison, known: Mapping[str, Fields] | None = None) -> list[Job]:
-    """Every arm on every seed, seed by seed, as a recipe whose folder lies in the comparison's. `known` are fields of arms that
-    stand in none of the files.
+    """Every arm on every seed, seed by seed, as a recipe whose folder lies in the comparison's. `known` are fields of
+    arms that stand in none of the files.
 
     Arms that come to the same recipe share a folder, so that nothing is trained twice; so do the seeds of an arm on
     which nothing of it depends. Raises RecipeError with the mistakes of all arms.
