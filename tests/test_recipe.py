@@ -4,6 +4,7 @@ import pytest
 
 from memreason.cli import main
 from memreason.core.errors import RecipeError
+from memreason.core.kinds import CLUSTERED
 from memreason.core.recipe import load_recipe, shipped
 from memreason.published import differences, translate
 
@@ -73,6 +74,7 @@ def test_an_eval_list_that_contradicts_its_checkpoint_is_told() -> None:
         ("none", [], "labelled"),
         ("memory", ["reason", "memory"], "labelled"),
         ("+-*/", ["+", "-", "*", "/"], "arithmetic"),
+        *((name, [f"type_{n}" for n in range(5)], name) for name in CLUSTERED),
     ],
 )
 def test_published_step_types(value: str, kinds: list[str], step_types: str) -> None:
@@ -91,10 +93,22 @@ def test_resume_names_a_checkpoint_as_its_model(tmp_path) -> None:
     assert (overrides["model.base"], overrides["output_dir"]) == ("some/model", str(tmp_path / "run"))
 
 
-@pytest.mark.parametrize("flag", ["--selection_method", "--num_types", "--train_epoch", "--min_frequency"])
-def test_flags_of_the_step_type_script_are_refused_by_name(flag: str) -> None:
-    with pytest.raises(RecipeError, match="memreason step-types"):
-        translate(["--dataset", "gsm8k", flag, "5"], train=True)
+def test_flags_of_the_step_type_script() -> None:
+    words = "--dataset gsm8k --selection_method vae --num_types 7 --train_epoch 3 --min_frequency 2 --max_frequency 0.5"
+    data = load_recipe(None, translate(words.split(), train=True)[0]).data
+    assert (data.step_types, data.n_types, data.type_epochs) == ("vae", 7, 3)
+    assert (data.min_frequency, data.max_frequency) == (2, 0.5)
+
+
+@pytest.mark.parametrize("value", ["mlp", "other"])
+def test_step_types_that_do_nothing_are_refused(value: str) -> None:
+    with pytest.raises(RecipeError, match=f"'{value}' does nothing in the published code; use one of none, memory"):
+        translate(["--dataset", "gsm8k", "--extract_step_type_tokens", value], train=True)
+
+
+def test_kinds_that_contradict_the_step_types_are_refused() -> None:
+    with pytest.raises(RecipeError, match=r"tokens.kinds: data.step_types k-means gives type_0, type_1; leave"):
+        load_recipe(None, {"data.step_types": "k-means", "data.n_types": 2, "tokens.kinds": ["memory"]})
 
 
 def test_overrides_and_print(capsys: pytest.CaptureFixture[str]) -> None:

@@ -64,7 +64,7 @@ def train(recipe: Recipe, *, fresh: bool = False) -> Path:
     _check_step(manifest, step)
     start = time.monotonic()
     recipe = pinned(recipe, known)
-    ready = prepare(recipe, warn=note)
+    ready = prepare(recipe, warn=note, run=folder)
     if recipe.method.name == "prompting":
         return _untrained(recipe, ready)
     rows: Sequence[Example] = ready.examples.rows

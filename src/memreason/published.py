@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from memreason.core.errors import RecipeError
+from memreason.core.kinds import CLUSTERED
 from memreason.core.recipe import Recipe, load_recipe, training_argument_types
 
 __all__ = ["apply_environment", "differences", "is_published", "of_evaluation", "pairs", "translate"]
 
 LATER = {
-    "step types": "clustered step types come with `memreason step-types`",
     "sparse": "sparse attention comes with the planning-token family",
     "k-shot": "k-shot demonstrations come with the planning-token family",
 }
@@ -25,8 +25,8 @@ DATASETS = {
     "truthfulqa_agent": "truthfulqa",
     "truthfulqa_agent_crossdomain": "truthfulqa",
 }
-STEP_TYPES: dict[str, list[str]] = {"none": [], "memory": ["reason", "memory"], "+-*/": ["+", "-", "*", "/"]}
-STEP_TYPE_SCRIPT = ("selection_method", "num_types", "train_epoch", "min_frequency", "max_frequency")
+STEP_TYPES: dict[str, list[str]] = {"none": [], "memory": ["reason", "memory"]}
+STEP_TYPES_TOLD = {"+-*/": "arithmetic", **{name: name for name in CLUSTERED}}
 METHODS = {"none": "full", **{name: name for name in ("lora", "prompt-tuning", "lora+prompt-tuning", "prefix-tuning")}}
 
 
@@ -56,23 +56,26 @@ def _off(later: str) -> Callable[[str], Any]:
     return read
 
 
-def _step_type(value: str) -> Any:
-    if value in ("vae", "vae-next-step", "vae-contrastive", "tf-idf", "k-means", "balanced-k-means"):
-        raise ValueError(f"{value} not yet: {LATER['step types']}")
-    if value not in STEP_TYPES:
-        raise ValueError(f"{value!r} does nothing in the published code; use one of {', '.join(STEP_TYPES)}")
-    return STEP_TYPES[value]
+def _step_type(value: str) -> str:
+    if value not in STEP_TYPES | STEP_TYPES_TOLD:
+        known = ", ".join(STEP_TYPES | STEP_TYPES_TOLD)
+        raise ValueError(f"{value!r} does nothing in the published code; use one of {known}")
+    return value
+
+
+def _told(overrides: dict[str, Any]) -> None:
+    """Where the kinds come from: the traces, and then which they are, or a rule or clusters, which name their own."""
+    named = overrides.pop("data.step_types", None)
+    if named in STEP_TYPES:
+        overrides["tokens.kinds"] = STEP_TYPES[named]
+    elif named:
+        overrides.pop("tokens.kinds", None)
+        larger = named == "+-*/" and overrides.get("data.task") in ("math", "aqua")
+        overrides["data.step_types"] = "arithmetic-14" if larger else STEP_TYPES_TOLD[named]
 
 
 def _nothing(value: str) -> None:
     return None
-
-
-def _later(later: str) -> Callable[[str], Any]:
-    def refuse(value: str) -> None:
-        raise ValueError(f"not yet: {LATER[later]}")
-
-    return refuse
 
 
 def _if(result: Any) -> Callable[[str], Any]:
@@ -90,9 +93,9 @@ FLAGS: dict[str, tuple[str, Callable[[str], Any]]] = {
     "parameter_efficient_mode": ("method.name", _choice(METHODS)),
     "num_general_prefix_tokens": ("tokens.n_prefix", int),
     "num_special_prefix_tokens": ("tokens.n_special", int),
-    "extract_step_type_tokens": ("tokens.kinds", _step_type),
-    "num_plan_types": ("", int),  # clusters; kinds that are labelled need no number
-    "embedding_model_name": ("", _nothing),  # model that is clustered; nothing is clustered here
+    "extract_step_type_tokens": ("data.step_types", _step_type),
+    "num_plan_types": ("data.n_types", int),
+    "embedding_model_name": ("data.embedding_model", str),
     "only_at_front": ("tokens.placement", _if("only_at_front")),
     "plan_first": ("tokens.placement", _if("plan_first")),
     "plan_only": ("tokens.placement", _if("plan_only")),
@@ -121,7 +124,11 @@ FLAGS: dict[str, tuple[str, Callable[[str], Any]]] = {
     "save_result": ("", _bool),  # results are always saved
     "cache_dir": ("env.HF_HUB_CACHE", str),
     "resume": ("", _bool),  # a run always resumes; of a checkpoint named as model see _resumed
-    **{flag: ("", _later("step types")) for flag in STEP_TYPE_SCRIPT},
+    "selection_method": ("data.step_types", _step_type),  # this and the next four are of the step-type script
+    "num_types": ("data.n_types", int),
+    "train_epoch": ("data.type_epochs", int),
+    "min_frequency": ("data.min_frequency", str),
+    "max_frequency": ("data.max_frequency", str),
     "evaluation_strategy": ("train.eval_strategy", str),
 }
 # What the published defaults are where ours differ (REFERENCE.md's "values, default").
@@ -187,8 +194,7 @@ def translate(arguments: Sequence[str], *, train: bool) -> tuple[list[tuple[str,
             environment[field[4:]] = str(result)
         elif field and result is not None:
             overrides[field] = result
-    if overrides.get("tokens.kinds") == STEP_TYPES["+-*/"]:
-        overrides["data.step_types"] = "arithmetic"
+    _told(overrides)
     if train and "eval.n" in overrides:
         overrides["train.n_select"] = overrides["eval.n"]
     if problems:

@@ -12,6 +12,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from memreason.core.errors import RecipeError
+from memreason.core.kinds import kinds_of
 from memreason.core.settings import Overrides, read_settings
 
 __all__ = [
@@ -58,14 +59,26 @@ class DataRecipe(Stage):
     validation: float = Field(
         0.1, ge=0, lt=1, description="share of the training traces held out where a task has no validation split"
     )
-    step_types: Literal["labelled", "arithmetic", "shuffled", "pause"] = Field(
+    step_types: Literal[
+        "labelled", "arithmetic", "arithmetic-14", "tf-idf", "k-means", "balanced-k-means",
+        "vae", "vae-next-step", "vae-contrastive", "shuffled", "pause",
+    ] = Field(
         "labelled",
-        description="kinds of lines: as labelled; the operators + - * / of each; as labelled but dealt out at random; "
-        "one kind for all",
-    )
+        description="kinds of lines: as labelled; the operators + - * / of each or 14 operations; clusters of their "
+        "words (tf-idf) or of a model's hidden states; shuffled: as labelled but dealt out at random; pause: one for all",
+    )  # fmt: skip
     lines: Literal["all", "none", "memory-first"] = Field(
         "all", description="lines of the training traces: all, only the answer, or memory before reason"
     )
+    n_types: int = Field(5, ge=2, le=256, description="clusters of steps: kinds type_0, type_1, ...")
+    embedding_model: str | None = Field(
+        None, description="model whose hidden states are clustered, named as model.base is (None: the recipe's base)"
+    )
+    type_epochs: int = Field(100, ge=1, description="epochs of the vae that learns step types")
+    min_frequency: int | float = Field(
+        1, gt=0, description="tf-idf: steps that a word must stand in (below 1: a share)"
+    )
+    max_frequency: int | float = Field(1.0, gt=0, description="tf-idf: steps that it may stand in (to 1.0: a share)")
     hops: list[int] | None = Field(None, description="atlas: how many lines must be combined")
     obscurity: tuple[float, float] | None = Field(None, description="atlas: range of population rank, 0 to 1")
     seed: int = Field(0, description="which questions are drawn")
@@ -223,6 +236,19 @@ class Recipe(Stage):
     @property
     def folder(self) -> Path:
         return Path(self.output_dir or f"runs/{self.name}")
+
+    @model_validator(mode="after")
+    def follow_step_types(self) -> Recipe:
+        """Kinds that a rule or a fit gives are those of the tokens."""
+        kinds = kinds_of(self.data.step_types, self.data.n_types)
+        if kinds is None:
+            return self
+        if "kinds" in self.tokens.model_fields_set and self.tokens.kinds != list(kinds):
+            raise ValueError(
+                f"tokens.kinds: data.step_types {self.data.step_types} gives {', '.join(kinds)}; leave tokens.kinds out"
+            )
+        self.tokens = self.tokens.model_copy(update={"kinds": list(kinds)})
+        return self
 
     @model_validator(mode="after")
     def check_together(self) -> Recipe:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 
+from memreason.core.kinds import OPERATORS
 from memreason.core.trace import Step, Trace
 
 __all__ = ["OPERATORS", "arithmetic_kinds", "label_arithmetic"]
 
-OPERATORS = ("+", "-", "*", "/")
+
 SIGNS = str.maketrans("×∗·⋅÷∕⁄−–", "****///--", "$€£¢&")  # one sign for each operator; currencies and $LaTeX$ go
 LATEX = (
     (re.compile(r"\\(?:times|cdot)(?![A-Za-z])"), "*"),  # not \cdots

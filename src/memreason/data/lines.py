@@ -6,13 +6,12 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+from memreason.core.kinds import CLUSTERED, PAUSE
 from memreason.core.recipe import DataRecipe
 from memreason.core.trace import MEMORY, Step, Trace
 from memreason.data.arithmetic import label_arithmetic
 
-__all__ = ["PAUSE", "prepared_lines"]
-
-PAUSE = "pause"
+__all__ = ["prepared_lines"]
 
 
 def prepared_lines(traces: Sequence[Trace], data: DataRecipe) -> list[Trace]:
@@ -49,6 +48,7 @@ LINES: dict[str, Callable[[Sequence[Step]], Sequence[Step]]] = {
 }
 KINDS: dict[str, Callable[[Sequence[Trace], int], list[Trace]]] = {
     "labelled": lambda traces, seed: list(traces),
+    **dict.fromkeys(CLUSTERED, lambda traces, seed: list(traces)),  # told later: encode/step_types
     "arithmetic": lambda traces, seed: [label_arithmetic(trace) for trace in traces],
     "shuffled": _shuffled,
     "pause": _pause,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from memreason.core.errors import RecipeError
@@ -16,6 +17,7 @@ from memreason.encode.examples import Examples, Rows, encode_traces
 from memreason.encode.scheme import TokenScheme
 from memreason.encode.vocab import add_rows, add_tokens
 from memreason.finetune.methods import trainable
+from memreason.finetune.step_types import with_step_types
 
 __all__ = ["Prepared", "pinned", "prepare", "scheme_of", "trainable_model"]
 
@@ -34,10 +36,13 @@ class Prepared:
     examples: Examples
 
 
-def prepare(recipe: Recipe, *, warn: Callable[[str], None] = log.warning) -> Prepared:
-    """Data, tokenizer and examples of a recipe; `warn` is told what was left out."""
+def prepare(recipe: Recipe, *, warn: Callable[[str], None] = log.warning, run: Path | None = None) -> Prepared:
+    """Data, tokenizer and examples of a recipe; `warn` is told what was left out. In a `run` folder fitted step types
+    are kept."""
     trained = recipe.method.name != "prompting"
-    splits = load_splits(recipe.data, warn=warn) if trained else Splits([], [], [])
+    splits = Splits([], [], [])
+    if trained:
+        splits = with_step_types(recipe, load_splits(recipe.data, warn=warn), scheme_of(recipe), run, warn)
     settings = recipe.model
     tokenizer = load_tokenizer(settings.base, revision=settings.revision, trust_remote_code=settings.trust_remote_code)
     codec = add_tokens(scheme_of(recipe), tokenizer)
