@@ -14,6 +14,7 @@ from memreason.finetune.checkpoint import open_checkpoint
 from memreason.publish.adapter import export_adapter
 from memreason.publish.export import Step, export_model, unheard
 from memreason.publish.gguf import GGUF, export_gguf
+from memreason.publish.merge import refuse_sparse
 from memreason.publish.push import check_pushable, push
 
 __all__ = ["check_pushable", "export", "next_steps", "push"]
@@ -41,7 +42,9 @@ def export(
     ExportError, and leaves nothing, if a check fails.
     """
     folder = Path(out) if out else Path(path) / f"export-{to}"
-    questions = _questions(open_checkpoint(path).recipe)
+    opened = open_checkpoint(path)
+    refuse_sparse(opened)  # before its weights are read
+    questions = _questions(opened.recipe)
     if to == "adapter":
         export_adapter(path, folder, questions, base=base, name=name, tell=tell)
     elif to == "gguf":

@@ -26,7 +26,7 @@ from memreason.core.trace import Question, Trace
 from memreason.data.tasks import Splits, load_eval
 from memreason.encode.base import pick_dtype
 from memreason.encode.codec import Codec
-from memreason.encode.examples import Example, coloured_mask, encode_trace, pack_stream
+from memreason.encode.examples import coloured_mask
 from memreason.fast.memory import peak_memory
 from memreason.finetune.checkpoint import Checkpoint, checkpoint_for, open_checkpoint, save_untrained
 from memreason.finetune.prepare import Prepared, pinned, prepare, trainable_model
@@ -67,13 +67,10 @@ def train(recipe: Recipe, *, fresh: bool = False) -> Path:
     ready = prepare(recipe, warn=note, run=folder)
     if recipe.method.name == "prompting":
         return _untrained(recipe, ready)
-    rows: Sequence[Example] = ready.examples.rows
-    if recipe.train.mode == "constant_len":
-        rows = pack_stream(rows, recipe.train.model_max_length)
     model = trainable_model(recipe, ready.codec)
     if main:
         write_json(manifest, _manifest(recipe, ready) | {"examples_a_step": step})
-    done = run_trainer(recipe, model, ready.codec, rows, _selector(recipe, ready.codec, ready.splits))
+    done = run_trainer(recipe, model, ready.codec, ready.examples.rows, _selector(recipe, ready.codec, ready.splits))
     if main:
         scored = any("eval_acc" in entry for entry in done["history"])
         best = {"checkpoint": done["best"], "by": f"eval_acc on {recipe.train.select_on}" if scored else "last"}
@@ -255,12 +252,13 @@ def run(recipe: Recipe, *, fresh: bool = False) -> dict[str, Any]:
 
 
 def dry_run(recipe: Recipe) -> None:
-    """Render three examples with the mask in colour and print what training would take here; train nothing."""
+    """Render three examples (or the first piece of a stream) with the mask in colour and print what training would take
+    here; train nothing."""
     training_arguments(recipe)  # a wrong argument must show here too
     if recipe.method.name == "prompting":
         note("method prompting: nothing is trained, there is nothing to estimate")
         return
     ready = prepare(recipe, warn=note)
-    for trace in ready.splits.train[:3]:
-        console.print(coloured_mask(ready.codec, encode_trace(ready.codec, trace)), "")
+    for row in ready.examples.rows[: 1 if recipe.train.mode == "constant_len" else 3]:
+        console.print(coloured_mask(ready.codec, row), "")
     print_estimate(estimate(recipe, ready=ready))

@@ -14,7 +14,6 @@ from memreason.core.recipe import Recipe, load_recipe, training_argument_types
 __all__ = ["apply_environment", "differences", "is_published", "of_evaluation", "pairs", "translate"]
 
 LATER = {
-    "sparse": "sparse attention comes with the planning-token family",
     "k-shot": "k-shot demonstrations come with the planning-token family",
 }
 DATASETS = {
@@ -99,7 +98,7 @@ FLAGS: dict[str, tuple[str, Callable[[str], Any]]] = {
     "only_at_front": ("tokens.placement", _if("only_at_front")),
     "plan_first": ("tokens.placement", _if("plan_first")),
     "plan_only": ("tokens.placement", _if("plan_only")),
-    "use_sparse_attention": ("", _off("sparse")),
+    "use_sparse_attention": ("tokens.sparse_attention", _bool),
     "use_calculator": ("eval.calculator", _bool),
     "use_demonstrations": ("", _off("k-shot")),
     "k_shot": ("", int),  # counts only with use_demonstrations

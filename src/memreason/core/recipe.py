@@ -65,7 +65,7 @@ class DataRecipe(Stage):
     ] = Field(
         "labelled",
         description="kinds of lines: as labelled; the operators + - * / of each or 14 operations; clusters of their "
-        "words (tf-idf) or of a model's hidden states; shuffled: as labelled but dealt out at random; pause: one for all",
+        "words (tf-idf) or of a model's hidden states; shuffled: as labelled, dealt out at random; pause: one for all",
     )  # fmt: skip
     lines: Literal["all", "none", "memory-first"] = Field(
         "all", description="lines of the training traces: all, only the answer, or memory before reason"
@@ -112,6 +112,9 @@ class TokensRecipe(Stage):
     instruction: str = Field("", description="what the model is told behind the question, e.g. to think step by step")
     add: bool = Field(True, description="False: no planning tokens at all")
     words: str = Field("", description="plain text that names a line's kinds instead of tokens, e.g. '{kind}:'")
+    sparse_attention: bool = Field(
+        False, description="a line sees the question and earlier lines through its planning tokens alone"
+    )
 
     @model_validator(mode="after")
     def check_blocks(self) -> TokensRecipe:
@@ -120,6 +123,12 @@ class TokensRecipe(Stage):
         both = self.add and self.n_prefix and self.n_special and self.kinds
         if self.placement.startswith("plan") and not both:
             raise ValueError(f"tokens.placement: {self.placement} needs tokens of both sorts, n_prefix and n_special")
+        each = self.add and not self.words and (self.n_prefix or (self.n_special and self.kinds))
+        if self.sparse_attention and (self.placement == "only_at_front" or not each):
+            raise ValueError(
+                "tokens.sparse_attention: lines see one another through planning tokens of their own. Set "
+                "tokens.add, n_prefix or n_special, no tokens.words, and a tokens.placement other than only_at_front"
+            )
         return self
 
 
@@ -262,6 +271,10 @@ class Recipe(Stage):
             )
         if self.method.name == "full" and self.model.quantize:
             raise ValueError("model.quantize: quantised weights cannot be trained in full; use a LoRA method")
+        if self.method.name == "prefix-tuning" and self.tokens.sparse_attention:
+            raise ValueError(
+                "tokens.sparse_attention: prefix-tuning's virtual tokens stand in no segment; use another method.name"
+            )
         return self
 
     def to_yaml(self) -> str:

@@ -44,6 +44,8 @@ class Codec:
         self._line_blocks: dict[tuple[str, ...], tuple[int, ...]] = {}
         self._answer_block = self.block(PREFIX, ANSWER)
         self.places = {i: (name, k) for name, block in self.blocks.items() for k, i in enumerate(block)}
+        # The planning tokens that part what may be seen (sparse.py): none where attention is not sparse.
+        self.parting = frozenset(self.places if scheme.sparse_attention else ())
 
     @cached_property
     def opening_special_ids(self) -> list[int]:

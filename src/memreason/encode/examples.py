@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
@@ -17,6 +17,7 @@ from memreason.core.errors import DataError
 from memreason.core.trace import Trace
 from memreason.encode.codec import Codec
 from memreason.encode.pieces import IGNORED, Apart, Example, Rows, put_together, take_apart
+from memreason.encode.sparse import segments, visible_since
 
 __all__ = [
     "Example",
@@ -104,17 +105,33 @@ def _within(rows: Rows, max_length: int, cut: bool) -> Examples:
     return Examples(short, int((~kept).sum()), int((long & kept).sum()))
 
 
-def pack_stream(rows: Iterable[Example], length: int) -> list[Example]:
-    """The published `constant_len` mode: one stream, cut every `length` tokens, questions supervised too."""
-    stream = [token for row in rows for token in row["input_ids"]]
-    pieces = [stream[start : start + length] for start in range(0, len(stream), length)]
-    return [{"input_ids": piece, "labels": list(piece)} for piece in pieces if len(piece) > 1]
+def pack_stream(rows: Rows, length: int, parting: Collection[int] = ()) -> Rows:
+    """The published `constant_len` mode: one stream, cut every `length` tokens, questions supervised too.
+
+    Examples end with EOS and see those before them in their piece. Where attention is sparse (`parting`), each begins a
+    segment: its question sees itself alone, as when it will be asked, and its blocks all of the piece.
+    """
+    count = len(rows.ids) - (len(rows.ids) % length == 1)  # one token alone has nothing to foretell
+    lengths = np.diff([*range(0, count, length), count])
+    since = None
+    if parting:
+        own = zip(rows, rows.starts.tolist(), strict=True)
+        first = [0 if s.planning else at + s.start for row, at in own for s in segments(row["input_ids"], parting)]
+        places = np.arange(count)
+        since = np.maximum(np.array(first[:count]) - places + places % length, 0).astype(np.int32)
+    return Rows(rows.ids[:count], np.ones(count, dtype=bool), lengths, since)
 
 
-def collate(rows: Sequence[Example], pad_id: int) -> dict[str, torch.Tensor]:
+def _since(row: Example, parting: Collection[int]) -> list[int]:
+    """Of each token the first position that it may look at, unless the row knows better."""
+    return row["since"] if "since" in row else visible_since(row["input_ids"], parting)
+
+
+def collate(rows: Sequence[Example], pad_id: int, parting: Collection[int] = ()) -> dict[str, torch.Tensor]:
     """Pad on the right. Returns input_ids, attention_mask, labels and shift_labels, each (batch, longest).
 
-    shift_labels holds at each position the label of the next one, which is what its logits are scored against.
+    shift_labels holds at each position the label of the next one, which is what its logits are scored against. With
+    planning tokens that part what may be seen (sparse.py), `since` holds where that begins.
     """
     longest = max(len(row["input_ids"]) for row in rows)
 
@@ -126,14 +143,16 @@ def collate(rows: Sequence[Example], pad_id: int) -> dict[str, torch.Tensor]:
         "attention_mask": torch.tensor([padded([1] * len(row["input_ids"]), 0) for row in rows]),
         "labels": torch.tensor([padded(row["labels"], IGNORED) for row in rows]),
         "shift_labels": torch.tensor([padded(row["labels"][1:], IGNORED) for row in rows]),
+        **({"since": torch.tensor([padded(_since(row, parting), 0) for row in rows])} if parting else {}),
     }
 
 
-def pack(rows: Sequence[Example]) -> dict[str, torch.Tensor]:
+def pack(rows: Sequence[Example], parting: Collection[int] = ()) -> dict[str, torch.Tensor]:
     """All rows end to end, without padding: input_ids, position_ids, labels and shift_labels of (1, tokens).
 
     Positions start again with each row; cu_seq_lens_q, of (rows + 1,), holds where the rows begin and the last one
-    ends, under the name that Transformers' attention functions know. No row's last position has a label.
+    ends, under the name that Transformers' attention functions know. No row's last position has a label. `since` is as
+    in `collate`, counted in its own row.
     """
     ids = [torch.tensor(row["input_ids"]) for row in rows]
     labels = [torch.tensor(row["labels"]) for row in rows]
@@ -145,6 +164,7 @@ def pack(rows: Sequence[Example]) -> dict[str, torch.Tensor]:
         "labels": torch.cat(labels)[None],
         "shift_labels": following[None],
         "cu_seq_lens_q": ends,
+        **({"since": torch.cat([torch.tensor(_since(row, parting)) for row in rows])[None]} if parting else {}),
     }
 
 

@@ -21,11 +21,18 @@ Piece = tuple[Part, bool]  # and whether it is supervised
 class Rows(Sequence[Example]):
     """Examples in flat arrays, 5 bytes a token: a row becomes lists of ints only when it is taken.
 
-    `ids` (int32) and `supervised` (bool) hold the rows one after another, `lengths` (int64) the tokens of each.
+    `ids` (int32) and `supervised` (bool) hold the rows one after another, `lengths` (int64) the tokens of each, `since`
+    (int32) the first position that each may look at, where its row's ids alone do not say it (sparse.py).
     """
 
-    def __init__(self, ids: NDArray[np.int32], supervised: NDArray[np.bool_], lengths: NDArray[np.int64]) -> None:
-        self.ids, self.supervised, self.lengths = ids, supervised, lengths
+    def __init__(
+        self,
+        ids: NDArray[np.int32],
+        supervised: NDArray[np.bool_],
+        lengths: NDArray[np.int64],
+        since: NDArray[np.int32] | None = None,
+    ) -> None:
+        self.ids, self.supervised, self.lengths, self.since = ids, supervised, lengths, since
         self.starts = np.cumsum(lengths) - lengths
 
     @classmethod
@@ -44,7 +51,8 @@ class Rows(Sequence[Example]):
             return [self[i] for i in range(*index.indices(len(self)))]
         span = slice(self.starts[index], self.starts[index] + self.lengths[index])
         ids = self.ids[span]
-        return {"input_ids": ids.tolist(), "labels": np.where(self.supervised[span], ids, IGNORED).tolist()}
+        row = {"input_ids": ids.tolist(), "labels": np.where(self.supervised[span], ids, IGNORED).tolist()}
+        return row if self.since is None else {**row, "since": self.since[span].tolist()}
 
 
 class Apart(NamedTuple):

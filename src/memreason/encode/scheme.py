@@ -31,7 +31,8 @@ class TokenScheme:
     no token is added and a line is parsed by its line break; `words`, such as "{kind}:", may then name its kinds in
     plain text, which every line begins with. `noise_seed` makes the first values of
     the new rows reproducible, so that a checkpoint need not carry rows that were never trained. `row_bias`, for each
-    token what the head adds to its logit, is only there in imported checkpoints.
+    token what the head adds to its logit, is only there in imported checkpoints. With `sparse_attention` a line sees
+    what stands before it through its block alone (sparse.py).
     """
 
     n_prefix: int = 1
@@ -48,6 +49,7 @@ class TokenScheme:
     noise_seed: int = 0
     tokenizer: str = ""
     row_bias: tuple[float, ...] = ()
+    sparse_attention: bool = False
 
     @property
     def blocks(self) -> dict[str, tuple[str, ...]]:

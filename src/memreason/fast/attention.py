@@ -40,36 +40,52 @@ def _grouped(heads: Tensor, groups: int) -> Tensor:
     return heads.reshape(groups, -1, heads.shape[-1])
 
 
-def _weights(query: Tensor, key: Tensor, size: int, scale: float) -> Tensor:
-    """P of one block. query: (groups, copies * size, width); key: (groups, m, width), its last `size` the block's."""
+def _weights(query: Tensor, key: Tensor, size: int, scale: float, since: Tensor | None) -> Tensor:
+    """P of one block. query: (groups, copies * size, width); key: (groups, m, width), its last `size` the block's.
+
+    `since`, of (size,): the first of the keys that each query sees.
+    """
     scores = torch.bmm(query * scale, key.transpose(1, 2))
     own = scores.view(len(scores), -1, size, scores.shape[-1])[..., -size:]
     own += torch.full((size, size), float("-inf"), dtype=own.dtype, device=own.device).triu_(1)
+    if since is not None:
+        hidden = torch.arange(scores.shape[-1], device=own.device) < since[:, None]
+        scores.view(len(scores), -1, *hidden.shape).masked_fill_(hidden, float("-inf"))
     return scores.softmax(dim=-1)
 
 
 @torch.library.custom_op("memreason::packed_attention", mutates_args=())
-def packed_attention(query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, scale: float) -> Tensor:
+def packed_attention(
+    query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, scale: float, since: Tensor | None = None
+) -> Tensor:
     """Attention of packed traces. query: (heads, tokens, width); key, value: (groups, tokens, width).
 
-    `bounds`: 0 and the end of each trace, on the CPU. Returns (heads, tokens, width).
+    `bounds`: 0 and the end of each trace, on the CPU. `since`, of (tokens,): where in its trace that begins which a
+    query sees (None: with its first position). Returns (heads, tokens, width).
     """
     out = torch.empty_like(query, memory_format=torch.contiguous_format)
     for start, first, end in _blocks(bounds):
         keys = key[:, start:end]
-        weights = _weights(_grouped(query[:, first:end], len(key)), keys, end - first, scale)
+        visible = None if since is None else since[first:end]
+        weights = _weights(_grouped(query[:, first:end], len(key)), keys, end - first, scale, visible)
         out[:, first:end] = torch.bmm(weights, value[:, start:end]).view(len(query), end - first, -1)
     return out
 
 
 @packed_attention.register_fake
-def _(query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, scale: float) -> Tensor:
+def _(query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, scale: float, since: Tensor | None = None) -> Tensor:
     return torch.empty_like(query, memory_format=torch.contiguous_format)
 
 
 @torch.library.custom_op("memreason::packed_attention_backward", mutates_args=())
 def _backward(
-    gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, scale: float
+    gradient: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bounds: Tensor,
+    since: Tensor | None,
+    scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     to_query = torch.empty_like(query, memory_format=torch.contiguous_format)
     to_key = torch.zeros_like(key, memory_format=torch.contiguous_format)
@@ -77,7 +93,7 @@ def _backward(
     for start, first, end in _blocks(bounds):
         keys, values = key[:, start:end], value[:, start:end]
         queries, outer = _grouped(query[:, first:end], len(key)), _grouped(gradient[:, first:end], len(key))
-        weights = _weights(queries, keys, end - first, scale)
+        weights = _weights(queries, keys, end - first, scale, None if since is None else since[first:end])
         inner = torch._softmax_backward_data(torch.bmm(outer, values.transpose(1, 2)), weights, -1, weights.dtype)
         to_query[:, first:end] = torch.bmm(inner, keys).view(len(query), end - first, -1)
         to_key[:, start:end] += torch.bmm(inner.transpose(1, 2), queries)
@@ -87,18 +103,24 @@ def _backward(
 
 @_backward.register_fake
 def _(
-    gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, scale: float
+    gradient: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bounds: Tensor,
+    since: Tensor | None,
+    scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (query, key, value))  # type: ignore[return-value]
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, ctx.scale = inputs
-    ctx.save_for_backward(*tensors)
+    *tensors, ctx.scale, since = inputs
+    ctx.save_for_backward(*tensors, since)
 
 
 def _differentiate(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-    return (*_backward(gradient, *ctx.saved_tensors, ctx.scale), None, None)
+    return (*_backward(gradient, *ctx.saved_tensors, ctx.scale), None, None, None)
 
 
 packed_attention.register_autograd(_differentiate, setup_context=_keep)
@@ -108,9 +130,10 @@ def _interface(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **settings: Any
 ) -> tuple[Tensor, None]:
     """Transformers' door: tensors of (1, heads, tokens, width) in, (1, tokens, heads, width) out."""
-    scale = settings.get("scaling") or query.shape[-1] ** -0.5
+    scale, since = settings.get("scaling") or query.shape[-1] ** -0.5, settings.get("since")
     query, key = query.to(value.dtype), key.to(value.dtype)  # autocast leaves those that were rotated in fp32
-    out = packed_attention(query[0], key[0], value[0], settings["cu_seq_lens_q"].cpu(), scale)
+    visible = None if since is None else since[0]
+    out = packed_attention(query[0], key[0], value[0], settings["cu_seq_lens_q"].cpu(), scale, visible)
     return out.transpose(0, 1)[None], None
 
 

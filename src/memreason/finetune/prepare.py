@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from memreason.core.recipe import Recipe
 from memreason.data.tasks import TASKS, Splits, load_splits
 from memreason.encode.base import identity, load_model, load_tokenizer
 from memreason.encode.codec import Codec
-from memreason.encode.examples import Examples, Rows, encode_traces
+from memreason.encode.examples import Examples, Rows, encode_traces, pack_stream
 from memreason.encode.scheme import TokenScheme
 from memreason.encode.vocab import add_rows, add_tokens
 from memreason.finetune.methods import trainable
@@ -48,10 +49,17 @@ def prepare(recipe: Recipe, *, warn: Callable[[str], None] = log.warning, run: P
     codec = add_tokens(scheme_of(recipe), tokenizer)
     if not trained:
         return Prepared(splits, codec, Examples(Rows.none()))
-    examples = encode_traces(codec, splits.train, recipe.train.model_max_length, cut=recipe.train.cut)
+    examples = _examples(recipe, codec, splits)
     if examples.dropped or examples.cut:
         warn(f"{examples.dropped} traces dropped, {examples.cut} cut: over {recipe.train.model_max_length} tokens")
     return Prepared(splits, codec, examples)
+
+
+def _examples(recipe: Recipe, codec: Codec, splits: Splits) -> Examples:
+    length = recipe.train.model_max_length
+    if recipe.train.mode == "constant_len":  # the stream is cut, whatever its examples' lengths
+        return Examples(pack_stream(encode_traces(codec, splits.train, sys.maxsize).rows, length, codec.parting))
+    return encode_traces(codec, splits.train, length, cut=recipe.train.cut)
 
 
 def pinned(recipe: Recipe, known: dict[str, Any]) -> Recipe:
@@ -79,6 +87,7 @@ def scheme_of(recipe: Recipe) -> TokenScheme:
         choice_template=task.choice_template,
         words=tokens.words,
         noise_seed=recipe.seed,
+        sparse_attention=tokens.sparse_attention,
     )
 
 

@@ -93,7 +93,7 @@ def train(
         answer=evaluate,
         train_dataset=examples,
         eval_dataset=[],
-        data_collator=partial(collate, pad_id=int(pad)),
+        data_collator=partial(collate, pad_id=int(pad), parting=codec.parting),
         callbacks=[stop, *callbacks],
     )
     if not arguments.disable_tqdm:

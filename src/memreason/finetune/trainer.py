@@ -6,6 +6,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import nn
 from transformers import TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
+from memreason.core.errors import ModelError
 from memreason.core.files import read_json, writing
 from memreason.core.recipe import Recipe
 from memreason.encode.codec import Codec
@@ -23,6 +25,7 @@ from memreason.encode.pieces import IGNORED
 from memreason.fast.attention import PACKED, attending, packs
 from memreason.fast.compiling import compile_layers, compiling, pays
 from memreason.fast.loss import chunked_loss, head_of, headless, takes_hidden_states
+from memreason.fast.sparse import UNMASKED, sparse_masks, takes_masks
 from memreason.finetune.checkpoint import checkpoints_in, save_checkpoint
 from memreason.finetune.methods import network_of
 from memreason.finetune.sharded import ShardedTrainer, check_shardable, is_sharded, trained_weights, unsharded
@@ -47,13 +50,15 @@ class TraceTrainer(ShardedTrainer):
         # On a CPU; a GPU without FlashAttention is as fast with padded batches.
         on_cpu = self.args.device.type == "cpu"
         self.packed = on_cpu and not (learnt is not None and learnt.is_prompt_learning) and packs(network)
+        if codec.parting and not (self.packed or takes_masks(network)):
+            raise ModelError(f"tokens.sparse_attention: {network.config.model_type} {UNMASKED}")
         if self.is_fsdp_enabled:
             check_shardable(self.accelerator.state.fsdp_plugin, arguments["model"])
         sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled  # a head's matrix is whole inside the model alone
         self.headless = not sharded and takes_hidden_states(network)
         self.layers: dict[Any, Any] = {}  # compiled decoder layers, if that pays
         if self.packed:
-            self.data_collator = pack
+            self.data_collator = partial(pack, parting=codec.parting)
             wanted = recipe.train.compile
             if wanted is None:
                 wanted = not self.args.gradient_checkpointing and pays(_tokens_ahead(self.args, self.train_dataset))
@@ -98,7 +103,10 @@ class TraceTrainer(ShardedTrainer):
         # The union of supervised columns: question columns need no logits over the vocabulary.
         columns = (labels != IGNORED).any(dim=0).nonzero().squeeze(-1)
         wanted = {name: values for name, values in inputs.items() if name not in ("labels", "shift_labels")}
-        head = network_of(self.accelerator.unwrap_model(model)).get_output_embeddings()
+        network = network_of(self.accelerator.unwrap_model(model))
+        if "since" in wanted and not self.packed:
+            wanted["attention_mask"] = sparse_masks(network, wanted.pop("since"), wanted["attention_mask"])
+        head = network.get_output_embeddings()
         with headless(head) if self.headless else nullcontext():
             outputs = model(**wanted, use_cache=False, logits_to_keep=columns + self.virtual)
         kept = labels[:, columns] != IGNORED

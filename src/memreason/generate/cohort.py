@@ -30,10 +30,13 @@ class Places(NamedTuple):
 
 
 class Cohort:
-    """Rows that started together, and their keys and values: for each layer (rows, groups, positions, width)."""
+    """Rows that started together, and their keys and values: for each layer (rows, groups, positions, width).
 
-    def __init__(self, rows: list[Row], device: torch.device) -> None:
-        self.rows, self.device, self.room = rows, device, 0
+    `parting`: planning tokens that part what may be seen, if attention is sparse.
+    """
+
+    def __init__(self, rows: list[Row], device: torch.device, parting: frozenset[int] = frozenset()) -> None:
+        self.rows, self.device, self.room, self.parting = rows, device, 0, parting
         self.memory: dict[int, tuple[Tensor, Tensor]] = {}
         self.masks: dict[tuple[int | None, torch.device], Tensor] = {}
         self.there: dict[torch.device, Places] = {}
@@ -52,6 +55,8 @@ class Cohort:
         owner = torch.searchsorted(longer, row[others])
         self.there = {self.device: Places(row, place, position, firsts, others, longer, owner)}
         self.position = position
+        since = [first for row in self.rows for first in row.since(self.parting)] if self.parting else []
+        self.since = torch.tensor(since, device=self.device)
         self.masks.clear()
 
     def on(self, device: torch.device) -> Places:
@@ -67,8 +72,13 @@ class Cohort:
             at = self.on(like.device)
             own = torch.zeros(len(self.rows), self.most, dtype=torch.long, device=like.device)
             own[at.row, at.place] = at.position
-            behind = own[..., None] - torch.arange(self.room, device=like.device)
+            keys = torch.arange(self.room, device=like.device)
+            behind = own[..., None] - keys
             hidden = (behind < 0) if window is None else (behind < 0) | (behind >= window)
+            if self.parting:
+                since = torch.zeros_like(own)
+                since[at.row, at.place] = self.since.to(like.device)
+                hidden |= keys < since[..., None]
             self.masks[name] = torch.zeros_like(behind, dtype=like.dtype).masked_fill_(hidden, -torch.inf)[:, None]
         return self.masks[name]
 

@@ -28,6 +28,7 @@ from memreason.core.trace import Question
 from memreason.encode.codec import Codec
 from memreason.fast.attention import attending
 from memreason.fast.memory import keep_freed_memory
+from memreason.fast.sparse import UNMASKED
 from memreason.finetune.methods import is_adapted, merged, network_of
 from memreason.generate.calculator import calculator
 from memreason.generate.choose import Choose, chooser, drafts_of, take
@@ -56,12 +57,14 @@ def decode(
     if not _feeds(network_of(model)):
         if settings.calculator:
             raise ModelError("eval.calculator: Transformers itself decodes this model, and cannot be given results")
+        if codec.parting:
+            raise ModelError(f"tokens.sparse_attention: {network_of(model).config.model_type} {UNMASKED}")
         yield from generate_plainly(model, waiting, settings, codec.eos_id, more)
         return
     drafts, choose = drafts_of(codec), chooser(model, settings)
     calculate = calculator(codec) if settings.calculator else None
     with merged(model), torch.inference_mode(), attending(model, COHORTS):
-        network = _Network(model)
+        network = _Network(model, codec.parting)
         cohorts: list[Cohort] = []
         while waiting or cohorts or more():
             _admit(cohorts, waiting, settings.batch_size, network)
@@ -141,8 +144,8 @@ def _advance(
 class _Network:
     """The model as the engine calls it. PEFT would put a learnt prompt in front of every call; here it goes in once."""
 
-    def __init__(self, model: Any) -> None:
-        self.model, self.device = model, next(model.parameters()).device
+    def __init__(self, model: Any, parting: frozenset[int] = frozenset()) -> None:
+        self.model, self.device, self.parting = model, next(model.parameters()).device, parting
         learnt = is_adapted(model) and model.active_peft_config.is_prompt_learning
         self.network = model.get_base_model() if learnt else model
         self.virtual: int = model.active_peft_config.num_virtual_tokens if learnt else 0
@@ -156,7 +159,7 @@ class _Network:
         elif self.virtual:
             for row in rows:  # ids below zero stand for virtual tokens
                 row.pending = [*range(-self.virtual, 0), *row.pending]
-        cohort = Cohort(rows, self.device)
+        cohort = Cohort(rows, self.device, self.parting)
         if self.prefix:
             cohort.memory = {n: (layer.keys, layer.values) for n, layer in enumerate(cache.layers)}
         return cohort

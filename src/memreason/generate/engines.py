@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from importlib import import_module
 from typing import Any
 
+from memreason.core.errors import EngineError
 from memreason.core.recipe import EvalRecipe
 from memreason.core.trace import Question
 from memreason.encode.codec import Codec
@@ -26,7 +27,19 @@ log = logging.getLogger("memreason")
 
 def _elsewhere(room: str) -> Engine:
     """An engine whose library is imported only when it is used."""
-    return lambda *given: import_module(f"memreason.generate.{room}").complete(*given)  # type: ignore[no-any-return]
+
+    def answer(model: Any, codec: Codec, waiting: deque[Row], settings: EvalRecipe) -> Iterator[list[Row]]:
+        if codec.parting:
+            raise EngineError(
+                f"eval.engine: {settings.engine} lets every token see all, and this model was trained with "
+                "tokens.sparse_attention. Use --eval.engine local"
+            )
+        found: Iterator[list[Row]] = import_module(f"memreason.generate.{room}").complete(
+            model, codec, waiting, settings
+        )
+        return found
+
+    return answer
 
 
 ENGINES: dict[str, Engine] = {

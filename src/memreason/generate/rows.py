@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -13,6 +13,7 @@ import torch
 from memreason.core.recipe import EvalRecipe
 from memreason.core.trace import Question
 from memreason.encode.codec import Codec
+from memreason.encode.sparse import BEGINNING, Segment, segments
 from memreason.generate.choose import Taken
 
 __all__ = ["Engine", "Generation", "Given", "Retrieved", "Row", "Until", "start"]
@@ -65,6 +66,14 @@ class Row:
     taken: list[Taken] = field(default_factory=list)
     draws: list[float] = field(default_factory=list)
     retrieved: list[Retrieved] = field(default_factory=list)
+    segments: list[Segment] = field(default_factory=list)  # of what is fed or pending, where attention is sparse
+
+    def since(self, parting: Collection[int]) -> list[int]:
+        """The first position that each pending token may look at; `parting` are planning tokens that part segments."""
+        del self.segments[self.fed :]  # of drafts that were wrong
+        before = self.segments[-1] if self.segments else BEGINNING
+        self.segments += segments(self.pending, parting, before, self.fed)
+        return [segment.since for segment in self.segments[self.fed :]]
 
     def take(self, one: Taken) -> None:
         self.ids.append(one.token)

@@ -84,11 +84,13 @@ def flow(
     *,
     pick: Pick = lambda layer, weights: weights,
     cells: int = CELLS,
+    since: Sequence[int] | None = None,
 ) -> Flow:
     """Attention between `count` segments of one input, for each layer and head, inside `collecting`.
 
     `labels` gives the segment (0, 1, …) of each position, virtual ones included. `pick` chooses or averages heads; a
-    layer of which it wants nothing is left out. At most `cells` weights are held at once.
+    layer of which it wants nothing is left out. At most `cells` weights are held at once. `since`: the first position
+    that each token sees, where attention is sparse.
     """
     device = next(model.parameters()).device
     member = torch.nn.functional.one_hot(torch.tensor(labels, device=device), count).float()
@@ -104,7 +106,8 @@ def flow(
         sums[layer] = found if before is None else (before[0] + found[0], before[1] + found[1])
 
     inputs = torch.tensor([ids], device=device)
-    model(input_ids=inputs, use_cache=False, logits_to_keep=1, collector=collect, cells=cells)
+    given = {} if since is None else {"since": torch.tensor(since, device=device)}
+    model(input_ids=inputs, use_cache=False, logits_to_keep=1, collector=collect, cells=cells, **given)
     mass, pairs = (torch.stack([sums[n][k] for n in sorted(sums)]).double().cpu().numpy() for k in (0, 1))
     # Keys and values that were learnt (prefix-tuning) stand in front and ask nothing.
     behind = len(ids) + (0 if _only_keys(model) else learnt_tokens(model))
@@ -124,7 +127,7 @@ def _attend(module: Any, query: Tensor, key: Tensor, value: Tensor, _mask: Any, 
     heads, count, width = query.shape
     groups, keys = key.shape[:2]
     query = query * (settings.get("scaling") or width**-0.5)
-    cap, window = settings.get("softcap"), settings.get("sliding_window")
+    cap, window, since = settings.get("softcap"), settings.get("sliding_window"), settings.get("since")
     size = max(1, settings.get("cells", CELLS) // (heads * keys))
     found = value.new_empty(count, heads, value.shape[-1])
     for start in range(0, count, size):
@@ -135,6 +138,8 @@ def _attend(module: Any, query: Tensor, key: Tensor, value: Tensor, _mask: Any, 
             scores = (scores / cap).tanh() * cap
         behind = torch.arange(first, end, device=query.device)[:, None] - torch.arange(end, device=query.device)
         seen = behind >= 0 if window is None else (behind >= 0) & (behind < window)
+        if since is not None:
+            seen &= torch.arange(end, device=query.device) >= since[first:end, None].to(query.device)
         weights = scores.view(heads, -1, end).float().masked_fill_(~seen, -torch.inf).softmax(dim=-1)
         settings["collector"](module.layer_idx, first, weights, seen)
         weighed = weights.to(dtype).view(groups, -1, end) @ value[:, :end]

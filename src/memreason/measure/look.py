@@ -13,6 +13,7 @@ from memreason.core.errors import RecipeError, TaskError
 from memreason.core.trace import MEMORY, Question, Trace
 from memreason.encode.codec import Codec
 from memreason.encode.scheme import ANSWER
+from memreason.encode.sparse import visible_since
 from memreason.measure.attention import collecting, flow, learnt_tokens
 from memreason.measure.flows import Array, Asked, flow_table
 from memreason.measure.score import score_trace
@@ -67,7 +68,9 @@ def overview(model: Any, codec: Codec, samples: Sequence[Mapping[str, Any]]) -> 
             labels = [place[part.of_kind()] for part in found]
             right = score_trace(trace).verdict == "correct"
             alike = (trace.question.meta.get("form"), *(step.kinds for step in trace.steps))
-            yield Asked(flow(model, ids, labels, len(parts)), right, trace.question.group, alike)
+            yield Asked(
+                flow(model, ids, labels, len(parts), since=_since(codec, ids)), right, trace.question.group, alike
+            )
 
     with collecting(model, read[0][0]):
         table, arrays = flow_table(parts, asked())
@@ -94,17 +97,22 @@ def close_up(
     rows = sum(part not in (FIRST, LEARNT, QUESTION) for part in parts[-LONGEST:])
     if not rows:
         raise TaskError(f"{question.text[:60]!r}: there is no trace; the question leaves no room for one")
+    since = _since(codec, fed)
     with collecting(model, fed):
-        mass = flow(model, fed, [lines.index(part) for part in parts], len(lines)).mass
+        mass = flow(model, fed, [lines.index(part) for part in parts], len(lines), since=since).mass
         chosen = _chosen(mass, lines, layers, heads)
         maps: dict[Head, Array] = {}
         for layer in dict.fromkeys(layer for layer, _ in chosen):
             some = [head for one, head in chosen if one == layer]
-            found = flow(model, fed, labels, len(tokens), pick=_picker(layer, some)).mass[0]
+            found = flow(model, fed, labels, len(tokens), pick=_picker(layer, some), since=since).mass[0]
             maps |= {(layer, head): one[-rows:] for head, one in zip(some, found, strict=True)}
     marks = [Mark(_text(codec, fed, parts, part), part) for part in lines]
     in_turn = {one: maps[one] for one in chosen}
     return Closeup(question, codec.parse(question, ids), marks, mass.mean((0, 1)), tokens, in_turn)
+
+
+def _since(codec: Codec, ids: Sequence[int]) -> list[int] | None:
+    return visible_since(ids, codec.parting) if codec.parting else None
 
 
 def _picker(layer: int, heads: Sequence[int | None]) -> Any:

@@ -19,6 +19,7 @@ from memreason.publish import gate
 from memreason.publish.card import model_card
 from memreason.publish.chat import chat_template
 from memreason.publish.export import Figures, Step, greedy, noting, unheard
+from memreason.publish.merge import refuse_sparse
 
 __all__ = ["export_adapter"]
 
@@ -38,6 +39,7 @@ def export_adapter(
     Raises ExportError for a model that was trained in full, or if a check fails.
     """
     loaded = load_checkpoint(path, base=base, dtype="fp32", quantize=None, offload=False)
+    refuse_sparse(loaded)
     if not isinstance(loaded.model, PeftModel):
         raise ExportError(f"{loaded.folder}: holds the whole model, no adapter; use --to hf")
     head = network_of(loaded.model).get_output_embeddings()

@@ -21,7 +21,7 @@ from memreason.finetune.checkpoint import Checkpoint, load_checkpoint, save_chec
 from memreason.publish import gate
 from memreason.publish.card import model_card
 from memreason.publish.chat import chat_template
-from memreason.publish.merge import hand_bias_over, merge, refuse_virtual_tokens
+from memreason.publish.merge import hand_bias_over, merge, refuse_sparse, refuse_virtual_tokens
 
 __all__ = ["Figures", "Step", "export_model", "greedy", "noting", "unheard", "write_model"]
 
@@ -63,6 +63,7 @@ def export_model(
     `out` holds files already.
     """
     loaded = load_checkpoint(path, base=base, dtype="fp32", quantize=None, offload=False)
+    refuse_sparse(loaded)
     refuse_virtual_tokens(loaded)
     settings, (found, passed) = greedy(loaded.recipe), noting(tell)
     with new_folder(out) as folder:

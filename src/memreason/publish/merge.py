@@ -8,11 +8,11 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from memreason.core.errors import CheckpointError
+from memreason.core.errors import CheckpointError, ExportError
 from memreason.encode.codec import Codec
 from memreason.finetune.checkpoint import Checkpoint
 
-__all__ = ["hand_bias_over", "merge", "refuse_virtual_tokens"]
+__all__ = ["hand_bias_over", "merge", "refuse_sparse", "refuse_virtual_tokens"]
 
 
 def merge(loaded: Checkpoint) -> Any:
@@ -34,6 +34,14 @@ def refuse_virtual_tokens(loaded: Checkpoint) -> None:
         raise CheckpointError(
             f"{loaded.folder}: {loaded.recipe.method.name} trains virtual tokens that stand outside the weights; "
             "there is nothing to merge. Use the checkpoint with its base model, or --to adapter."
+        )
+
+
+def refuse_sparse(opened: Checkpoint) -> None:
+    if opened.codec.parting:
+        raise ExportError(
+            f"{opened.folder}: trained with tokens.sparse_attention, which no other tool computes: it would see there "
+            "what it never saw. Use the checkpoint with memreason (eval, ask, serve), or train one without."
         )
 
 

@@ -43,6 +43,7 @@ class Workload:
     dropped: int = 0
     cut: int = 0
     validation: int = 0
+    streamed: int = 0  # traces in a stream that the examples are pieces of
 
     @property
     def tokens(self) -> int:
@@ -51,6 +52,8 @@ class Workload:
     @property
     def answer(self) -> float:
         """Tokens of a trace, from its first block to the end."""
+        if self.streamed:
+            return self.tokens / self.streamed - self.prompt
         return self.tokens * self.supervised / len(self.lengths)
 
 
@@ -93,6 +96,7 @@ def encoded(recipe: Recipe, ready: Prepared, other: str | None = None) -> Worklo
         dropped=ready.examples.dropped,
         cut=ready.examples.cut,
         validation=held,
+        streamed=len(ready.splits.train) if recipe.train.mode == "constant_len" else 0,
     )
 
 
