@@ -17,7 +17,7 @@ import yaml
 
 from conftest import own_traces, save_base
 from memreason.cli import main
-from memreason.comparing import compare, here, plan, run_arm
+from memreason.comparing import compare, here, on_ray, plan, run_arm
 from memreason.core.comparison import Comparison, jobs_of, load_comparison
 from memreason.core.errors import DataError, MemreasonError, RecipeError
 from memreason.core.files import read_json, write_traces
@@ -255,3 +255,17 @@ def test_several_processes_are_told_to_be_one(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setitem(os.environ, "WORLD_SIZE", "2")
     with pytest.raises(MemreasonError, match="start one process"):
         compare(comparison(tmp_path), work=here)
+
+
+@pytest.mark.soak
+def test_arms_on_ray_are_those_of_one_process(tmp_path: Path) -> None:
+    one = compare(comparison(tmp_path, seeds=[0]), work=here)
+    two = compare(comparison(tmp_path, seeds=[0], output_dir=str(tmp_path / "ray")), work=on_ray(2))
+    for row, other in zip(one["arms"], two["arms"], strict=True):
+        assert (
+            row["accuracy"] == other["accuracy"]
+            and row["cost"]["tokens_per_trace"] == other["cost"]["tokens_per_trace"]
+        )
+    wrong = comparison(tmp_path, seeds=[0], arms={"right": {}, "wrong": {"method": {"lora_module": ["no_such_layer"]}}})
+    with pytest.raises(MemreasonError, match=r"wrong, seed 0: on .*no_such_layer"):
+        compare(wrong, work=on_ray(2))

@@ -23,7 +23,7 @@ from memreason.measure.arms import arm_table
 from memreason.measure.score import Score, score_trace
 from memreason.report.console import figures, note
 
-__all__ = ["Work", "compare", "on_ray", "plan", "print_plan"]
+__all__ = ["Work", "compare", "here", "on_ray", "plan", "print_plan", "run_arm"]
 
 Work = Callable[[Sequence[Recipe]], Iterator[tuple[Recipe, str]]]  # recipes -> each, done, and what went wrong
 MEANS = ("train_seconds", "seconds_per_question", "tokens_per_trace", "peak_memory")
