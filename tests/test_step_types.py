@@ -10,11 +10,10 @@ from conftest import byte_level, own_traces, save_base, tiny_model, tiny_recipe
 from memreason import pipeline
 from memreason.core.files import read_json
 from memreason.core.kinds import CLUSTERED
-from memreason.core.trace import Question, Step, Trace
 from memreason.data.tasks import load_splits
 from memreason.encode.scheme import TokenScheme
 from memreason.encode.step_types.hidden import hidden_vectors
-from memreason.encode.step_types.typer import fit_typer, load_typer, save_typer, with_types
+from memreason.encode.step_types.typer import fit_typer, load_typer
 
 TEMPLATES = (TokenScheme().question_template, TokenScheme().choice_template)
 

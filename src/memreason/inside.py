@@ -24,8 +24,9 @@ from memreason.core.files import (
 from memreason.core.labelling import LabelRecipe
 from memreason.core.recipe import EvalRecipe
 from memreason.core.trace import MEMORY, REASON, Question, Trace
-from memreason.data.tasks import load_eval, load_splits
+from memreason.data.tasks import Splits, load_eval, load_splits
 from memreason.finetune.checkpoint import Checkpoint, checkpoint_for, load_checkpoint
+from memreason.finetune.step_types import with_step_types
 from memreason.generate.answer import read_samples
 from memreason.generate.engines import generate
 from memreason.generate.onward import begun_ids, continue_traces
@@ -48,6 +49,7 @@ from memreason.measure.look import Closeup, close_up, overview
 from memreason.measure.probe import PROBES, Begun, Case, begun, cases_of, probe_table
 from memreason.measure.ways import fault_lines, faults_of, read_ways
 from memreason.pipeline import evaluate
+from memreason.report.console import note
 from memreason.retrieve.outside import open_retriever, outside
 from memreason.retrieve.passage import Passage, sentence_for
 
@@ -198,7 +200,7 @@ def probe(
     gold = load_eval(results["task"], used.split, data, used.n, seed=used.seed)
     cases = cases_of(_first(read_traces(folder / "samples.jsonl")), {trace.question.id: trace for trace in gold})
     tried = {name: _probed(name, loaded, cases, used, folder) for name in PROBES}
-    labelled = load_splits(data) if results["task"] != "atlas" else None
+    labelled = _labelled(loaded) if results["task"] != "atlas" else None
     kind_of = kind_reader(labelled.train if labelled else ())
     table = {**probe_table(tried, kind_of), "task": results["task"], "split": results["split"], "folder": str(folder)}
     if labelled:
@@ -206,6 +208,12 @@ def probe(
     if PartialState().is_main_process:
         write_json(folder / "probe.json", table)
     return table
+
+
+def _labelled(loaded: Checkpoint) -> Splits:
+    """What the run was trained on, with the kinds that it was trained on."""
+    recipe, run = loaded.recipe, loaded.folder.parent
+    return with_step_types(recipe, load_splits(recipe.data), loaded.codec.scheme, run, note)
 
 
 def _probed(

@@ -14,6 +14,7 @@ from memreason.verbs_inside import BASE, INSIDE, RAY, RUN, opened
 from memreason.verbs_label import LABEL
 from memreason.verbs_publish import PUBLISH
 from memreason.verbs_scale import SCALE
+from memreason.verbs_steps import STEPS
 
 __all__ = ["GROUPS", "VERBS", "Verb"]
 
@@ -162,5 +163,5 @@ VERBS = {
         },
     ),
 }
-VERBS |= {name: Verb(*row) for name, row in (INSIDE | COMPARE | LABEL | DATA | PUBLISH | SCALE).items()}
+VERBS |= {name: Verb(*row) for name, row in (INSIDE | COMPARE | LABEL | DATA | PUBLISH | SCALE | STEPS).items()}
 GROUPS = {"data": "questions and traces", "lm-eval": "files of lm-evaluation-harness", "models": "base models"}

@@ -55,7 +55,7 @@ class Stage(BaseModel):
 class DataRecipe(Stage):
     task: str = Field("atlas", description="task whose questions are trained on and evaluated")
     paths: list[str] = Field([], description="own trace files, PATH or PATH:WEIGHT, instead of the task's")
-    n_train: int | None = Field(None, ge=1, description="training traces (None: all; atlas: 2000)")
+    n_train: int | None = Field(None, ge=1, description="training traces (None: all; atlas and sums: 2000)")
     validation: float = Field(
         0.1, ge=0, lt=1, description="share of the training traces held out where a task has no validation split"
     )
@@ -176,7 +176,9 @@ class TrainRecipe(Stage):
 class EvalRecipe(Stage):
     task: str | None = Field(None, description="another task than the trained one (cross-task)")
     split: str = Field("test", description="split whose questions are answered")
-    n: int | None = Field(None, ge=1, description="how many, drawn without replacement (None: all; atlas: 300)")
+    n: int | None = Field(
+        None, ge=1, description="how many, drawn without replacement (None: all; atlas and sums: 300)"
+    )
     batch_size: int = Field(32, ge=1, description="questions in flight")
     max_new_tokens: int = Field(256, ge=1, description="limit of a generated trace")
     max_length: int | None = Field(None, ge=2, description="limit of prompt and trace together")

@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 
-from memreason.core.kinds import OPERATORS
+from memreason.core.kinds import OPERATIONS, OPERATORS
 from memreason.core.trace import Step, Trace
 
-__all__ = ["OPERATORS", "arithmetic_kinds", "label_arithmetic"]
+__all__ = ["OPERATIONS", "OPERATORS", "arithmetic_kinds", "label_arithmetic", "label_operations", "operation_kinds"]
 
 
 SIGNS = str.maketrans("×∗·⋅÷∕⁄−–", "****///--", "$€£¢&")  # one sign for each operator; currencies and $LaTeX$ go
@@ -32,6 +32,20 @@ NO_OPERATOR = re.compile(
 # What is left counts between two operands; the second one may carry a sign.
 OPERATOR = re.compile(r"(?<=[\w)\]}%.!|°])\s*([+*/-])\s*(?=-?[\d.(]|[\w({\[\\|√])")
 
+FRACTION = re.compile(r"\\[dtc]?frac(?![A-Za-z])")
+SIGNED: dict[str, re.Pattern[str]] = {
+    "power": re.compile(r"\^(?!\{?\\circ)|\*\*|[²³⁴]|\b(?:squared|cubed)\b"),  # not degrees
+    "root": re.compile(r"\\sqrt(?![A-Za-z])|[√∛]|\b(?:square|cube) root\b"),
+    "fraction": FRACTION,
+    "percent": re.compile(r"%|\bper ?cent\b"),
+    "ratio": re.compile(r"(?<=\d)\s*:\s*(?=\d)(?!\d\d\s*[ap]\.?m)|\bratio\b"),  # not 3:30 pm
+    "log": re.compile(r"(?<![A-Za-z])(?:log|ln)(?![A-Za-z])"),
+    "trig": re.compile(r"(?<![A-Za-z])(?:arc)?(?:sin|cos|tan|cot)(?![A-Za-z])|\\(?:sec|csc)(?![A-Za-z])"),
+    "factorial": re.compile(r"(?:\d|\)|\b[a-z])!|\\[dt]?binom(?![A-Za-z])|\bchoose\b"),
+    "modulo": re.compile(r"(?<![A-Za-z])[bp]?mod(?:ulo)?(?![A-Za-z])|\bremainder\b"),
+    "compare": re.compile(r"<|(?<![-=])>|[≤≥≠]|\\(?:[lg]t|[lgn]eq?|[lg]eqslant)(?![A-Za-z])"),
+}
+
 
 def arithmetic_kinds(text: str) -> tuple[str, ...]:
     """Operators of a line in the order in which they first stand; () if it computes nothing.
@@ -50,6 +64,26 @@ def _one_spelling(text: str) -> str:
     for written, operator in LATEX:
         text = written.sub(operator, text)
     return TIMES.sub("*", text.translate(SIGNS))
+
+
+def operation_kinds(text: str) -> tuple[str, ...]:
+    """Operators of a line as `arithmetic_kinds` tells them, then which others of 14 OPERATIONS it has, in their order.
+
+    The table is our own, of what solutions of MATH and AQuA-RAT compute: + - * /, powers, roots, fractions written as
+    such (\\frac is no / here), percentages, ratios (3:2), logarithms, trigonometric functions, factorials and
+    binomials, remainders, and comparisons. () if a line has no equation, comparison or annotation.
+    """
+    bare = ANNOTATION.sub(" ", text)
+    found = tuple(kind for kind, sign in SIGNED.items() if sign.search(bare))
+    if not ("compare" in found or EQUALS.search(text)):
+        return ()
+    equation = FRACTION.sub(" ", text) if EQUALS.search(text) else f"{FRACTION.sub(' ', text)} ="
+    return (*arithmetic_kinds(equation), *found)
+
+
+def label_operations(trace: Trace) -> Trace:
+    """The same trace with kinds told by its operations alone."""
+    return replace(trace, steps=tuple(Step(operation_kinds(step.text), step.text) for step in trace.steps))
 
 
 def label_arithmetic(trace: Trace) -> Trace:

@@ -9,7 +9,7 @@ from dataclasses import replace
 from memreason.core.kinds import CLUSTERED, PAUSE
 from memreason.core.recipe import DataRecipe
 from memreason.core.trace import MEMORY, Step, Trace
-from memreason.data.arithmetic import label_arithmetic
+from memreason.data.arithmetic import label_arithmetic, label_operations
 
 __all__ = ["prepared_lines"]
 
@@ -50,6 +50,7 @@ KINDS: dict[str, Callable[[Sequence[Trace], int], list[Trace]]] = {
     "labelled": lambda traces, seed: list(traces),
     **dict.fromkeys(CLUSTERED, lambda traces, seed: list(traces)),  # told later: encode/step_types
     "arithmetic": lambda traces, seed: [label_arithmetic(trace) for trace in traces],
+    "arithmetic-14": lambda traces, seed: [label_operations(trace) for trace in traces],
     "shuffled": _shuffled,
     "pause": _pause,
 }

@@ -16,8 +16,9 @@ from memreason.data.lines import prepared_lines
 from memreason.data.mix import carve_validation, leak_guard, mix, subset
 from memreason.data.published import ImportReport, import_published
 from memreason.data.readers import read_hub
+from memreason.data.sums import make_sums
 
-__all__ = ["TASKS", "Splits", "Task", "import_file", "load_eval", "load_splits"]
+__all__ = ["MADE", "TASKS", "Splits", "Task", "import_file", "load_eval", "load_splits"]
 
 PUBLISHED_FOLDER = Path("load_data/dataset_folder")
 
@@ -35,13 +36,15 @@ class Task:
 
 
 SPLITS = ("train", "test")
+MADE_SPLITS = ("train", "validation", "test")
 TASKS = {
     "atlas": Task(
-        ("train", "validation", "test"),
+        MADE_SPLITS,
         "real facts of countries, made by a rule; nothing to download",
         {},
         choice_template=" {choice} ({letter})",
     ),
+    "sums": Task(MADE_SPLITS, "arithmetic word problems, 2 to 4 steps, made by a rule; nothing to download", {}),
     "strategyqa": Task(
         SPLITS,
         "true or false, several hops (ChilleD/StrategyQA)",
@@ -65,6 +68,17 @@ TASKS = {
     "aqua": Task(SPLITS, "arithmetic, five choices, with rationales (deepmind/aqua_rat)", {}, solved=True),
     "svamp": Task(SPLITS, "one-equation word problems (ChilleD/SVAMP)", {}, solved=True),
     "qa": Task(SPLITS, "StrategyQA with its own gold facts as memory lines (ChilleD/StrategyQA)", {}, solved=True),
+}
+
+
+def _atlas(split: str, n: int, data: DataRecipe) -> list[Trace]:
+    return make_atlas(split, n, seed=data.seed, hops=data.hops, obscurity=data.obscurity)
+
+
+# Tasks whose traces are made here: split, how many, recipe -> traces.
+MADE: dict[str, Callable[[str, int, DataRecipe], list[Trace]]] = {
+    "atlas": _atlas,
+    "sums": lambda split, n, data: make_sums(split, n, seed=data.seed),
 }
 
 
@@ -117,7 +131,7 @@ def import_file(
 
 
 def load_eval(name: str, split: str, data: DataRecipe, n: int | None, seed: int = 0) -> list[Trace]:
-    """Questions of a split, drawn without replacement; `n` None means all (atlas: 300). `name` may be a trace file.
+    """Questions of a split, drawn without replacement; `n` None means all (made ones: 300). `name` may be a trace file.
 
     Raises TaskError for an unknown task or split, or for more questions than there are.
     """
@@ -127,8 +141,8 @@ def load_eval(name: str, split: str, data: DataRecipe, n: int | None, seed: int 
     task = task_named(name)
     if split not in task.splits:
         raise TaskError(f"task {name} has no split {split!r}. It has: {', '.join(task.splits)}.")
-    if name == "atlas":
-        return make_atlas(split, n or 300, seed=data.seed, hops=data.hops, obscurity=data.obscurity)
+    if name in MADE:
+        return MADE[name](split, n or 300, data)
     traces = _stored(name, task, split) or read_hub(name, split)
     return subset(traces, min(n, len(traces)), seed=seed) if n else traces
 
@@ -159,9 +173,8 @@ def load_splits(data: DataRecipe, warn: Callable[[str], None] = print) -> Splits
         sources = [_path_and_weight(spec) for spec in data.paths]
         files = tuple(path for path, _ in sources)
         traces = mix([(read_traces(path), weight) for path, weight in sources], seed=data.seed)
-    elif data.task == "atlas":
-        train = make_atlas("train", data.n_train or 2000, seed=data.seed, hops=data.hops, obscurity=data.obscurity)
-        held = make_atlas("validation", 100, seed=data.seed, hops=data.hops, obscurity=data.obscurity)
+    elif data.task in MADE:
+        train, held = (MADE[data.task](*part, data) for part in (("train", data.n_train or 2000), ("validation", 100)))
         return Splits(prepared_lines(train, data), prepared_lines(held, data), [])
     else:
         task = task_named(data.task)
@@ -178,7 +191,7 @@ def load_splits(data: DataRecipe, warn: Callable[[str], None] = print) -> Splits
         warn(f"left out {len(unlabelled)} traces without steps")
         traces = [trace for trace in traces if trace.steps]
     leaked: list[Trace] = []
-    if data.task != "atlas":
+    if data.task not in MADE:
         held_out = _stored(data.task, task_named(data.task), "test") or held_out
         traces, leaked = leak_guard(traces, held_out)
     if leaked:

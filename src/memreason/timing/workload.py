@@ -14,7 +14,7 @@ import yaml
 
 from memreason.core.errors import DataError, ModelError, TaskError
 from memreason.core.recipe import Recipe
-from memreason.data.tasks import is_file, load_eval
+from memreason.data.tasks import MADE, is_file, load_eval
 from memreason.encode.base import BUILT_IN
 from memreason.encode.examples import split_packed
 from memreason.finetune.prepare import Prepared, prepare
@@ -131,7 +131,7 @@ def _questions(recipe: Recipe) -> int:
     if is_file(task):
         return len(load_eval(task, settings.split, recipe.data, settings.n, seed=settings.seed))
     known = _table().get(task)
-    if known is None or task == "atlas":
+    if known is None or task in MADE:
         return settings.n or 300
     return min(settings.n or int(known["test"]), int(known["test"]))
 

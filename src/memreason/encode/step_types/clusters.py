@@ -55,7 +55,8 @@ def _prices(squares: NDArray[np.float32]) -> NDArray[np.float32]:
 
 def nearest(vectors: Any, arrays: Arrays) -> NDArray[np.intp]:
     """The type of each vector: (n, features) -> (n,)."""
-    return (_squares(vectors, arrays["centres"]) + arrays.get("prices", 0)).argmin(axis=1)
+    types: NDArray[np.intp] = (_squares(vectors, arrays["centres"]) + arrays.get("prices", 0)).argmin(axis=1)
+    return types
 
 
 def _squares(vectors: Any, centres: NDArray[np.float32]) -> NDArray[np.float32]:

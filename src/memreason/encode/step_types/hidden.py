@@ -10,13 +10,13 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from memreason.core.files import cache_dir, writing
@@ -29,6 +29,7 @@ __all__ = ["Vectors", "hidden_vectors", "step_vectors"]
 Vectors = NDArray[np.float32]  # (steps of all traces in their order, features); NaN where nothing is known of a step
 Rendered = tuple[list[int], list[tuple[int, int]]]  # ids of a trace, and first and last + 1 of each step's
 BATCH = 16  # traces in one pass
+CHUNK = 256  # traces in one file of the cache
 
 
 def hidden_vectors(
@@ -36,21 +37,15 @@ def hidden_vectors(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
     question_text: Callable[[Question], str],
-    *,
     batch_size: int = BATCH,
-    out: Vectors | None = None,
 ) -> Vectors:
     """The last hidden states of a causal model, averaged over each step's tokens: (steps, hidden), NaN for a step
-    without tokens or beyond the model's longest context. One pass takes `batch_size` traces, the longest first.
-
-    They are put into `out`, if it is given: a file that is larger than the memory, for example.
-    """
+    without tokens or beyond the model's longest context. One pass takes `batch_size` traces, the longest first."""
     rendered = list(_rendered(traces, tokenizer, question_text))
     starts = np.cumsum([0, *(len(spans) for _, spans in rendered)])
-    width = model.config.get_text_config().hidden_size
-    vectors = np.empty((starts[-1], width), np.float32) if out is None else out
-    vectors[:] = np.nan
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    settings = model.config.get_text_config()
+    vectors = np.full((starts[-1], settings.hidden_size), np.nan, np.float32)
+    limit = getattr(settings, "max_position_embeddings", None)
     order = sorted(range(len(rendered)), key=lambda n: -len(rendered[n][0]))
     for first in range(0, len(order), batch_size):
         some = order[first : first + batch_size]
@@ -93,40 +88,45 @@ def _states(model: Any, rows: Sequence[list[int]]) -> torch.Tensor:
 def step_vectors(
     traces: Sequence[Trace], base: ModelRecipe, question_text: Callable[[Question], str], batch_size: int = BATCH
 ) -> Vectors:
-    """`hidden_vectors` of a base model, which is loaded unless the same texts were read with it before.
+    """`hidden_vectors` of a base model, read from the cache where the same texts were read with it before.
 
-    They lie in the cache under a hash of model and texts, are written there batch by batch, and are read from there.
+    CHUNK traces at a time lie there under a hash of model and texts, so that a kill costs no more than those.
     """
-    path = cache_dir() / "steps" / f"{_key(traces, base, question_text)}.npy"
-    if not path.is_file():
-        tokenizer = load_tokenizer(base.base, revision=base.revision, trust_remote_code=base.trust_remote_code)
-        model: Any = load_model(**base.model_dump())
-        if torch.cuda.is_available() and not (base.quantize or base.offload):
-            model.to("cuda")
-        shape = (sum(len(trace.steps) for trace in traces), model.config.get_text_config().hidden_size)
-        how: dict[str, Any] = {"batch_size": batch_size}
-        _store(path, shape, lambda out: hidden_vectors(traces, model, tokenizer, question_text, **how, out=out))
-    vectors: Vectors = np.load(path, mmap_mode="r", allow_pickle=False)
-    return vectors
+    loaded: list[Any] = []
+    parts = []
+    known = base.model_dump(mode="json") | identity(base.base, base.revision)
+    for first in tqdm(range(0, len(traces), CHUNK), desc="reading steps", leave=False, disable=None):
+        some = traces[first : first + CHUNK]
+        path = cache_dir() / "steps" / f"{_key(some, known, question_text)}.npy"
+        if not path.is_file():
+            loaded = loaded or _loaded(base)
+            _store(path, hidden_vectors(some, *loaded, question_text, batch_size))
+        parts.append(np.load(path, allow_pickle=False))
+    return np.concatenate(parts)
 
 
-def _store(path: Path, shape: tuple[int, int], fill: Callable[[Vectors], object]) -> None:
+def _loaded(base: ModelRecipe) -> list[Any]:
+    """Model and tokenizer."""
+    tokenizer = load_tokenizer(base.base, revision=base.revision, trust_remote_code=base.trust_remote_code)
+    model: Any = load_model(**base.model_dump())
+    if torch.cuda.is_available() and not (base.quantize or base.offload):
+        model.to("cuda")
+    return [model, tokenizer]
+
+
+def _store(path: Path, vectors: Vectors) -> None:
     """A file that is there whole or not at all."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        out = np.lib.format.open_memmap(partial, mode="w+", dtype=np.float32, shape=shape)  # type: ignore[no-untyped-call]
-    try:
-        fill(out)
-        with writing(path):
-            out.flush()
+        try:
+            with partial.open("wb") as handle:
+                np.save(handle, vectors, allow_pickle=False)
             partial.replace(path)
-    finally:
-        with suppress(FileNotFoundError):
-            partial.unlink()
+        finally:
+            partial.unlink(missing_ok=True)
 
 
-def _key(traces: Sequence[Trace], base: ModelRecipe, question_text: Callable[[Question], str]) -> str:
+def _key(traces: Sequence[Trace], model: dict[str, Any], question_text: Callable[[Question], str]) -> str:
     texts = [[question_text(trace.question), *(step.text for step in trace.steps)] for trace in traces]
-    model = base.model_dump(mode="json") | identity(base.base, base.revision)
     return hashlib.sha256(json.dumps([1, model, texts]).encode()).hexdigest()[:32]

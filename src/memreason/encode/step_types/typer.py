@@ -84,7 +84,7 @@ def features(typer: Typer, traces: Sequence[Trace], batch_size: int = BATCH) -> 
 
 
 def fit_typer(traces: Sequence[Trace], recipe: Recipe, templates: tuple[str, str], batch_size: int = BATCH) -> Typer:
-    """Learn the types of these traces' steps as `data.step_types` of the recipe says; `templates` are those of a scheme.
+    """Learn the types of these traces' steps as `data.step_types` of the recipe says; `templates` are a scheme's.
 
     The same seed gives the same types. Raises DataError for fewer different steps than types.
     """

@@ -1,8 +1,8 @@
 """SQ-VAE: a variational autoencoder of steps whose latent is one of a few codes (planning tokens, arXiv 2310.05707,
 section 3). Which code a step has is its type.
 
-The decoder is to give back the step's own vector (vae), the one of the trace's next step (vae-next-step), or one that is
-nearer to the step's own than to those of other steps (vae-contrastive, InfoNCE, arXiv 1807.03748).
+The decoder is to give back the step's own vector (vae), the one of the trace's next step (vae-next-step), or one that
+is nearer to the step's own than to those of other steps (vae-contrastive, InfoNCE, arXiv 1807.03748).
 """
 
 from __future__ import annotations
