@@ -1,5 +1,6 @@
 """The laws of encoding, on three families of tokenizers and on tied, untied and padded models."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -7,7 +8,7 @@ from conftest import FAMILIES, byte_level, tiny_model
 from memreason.core.errors import CheckpointError, DataError, ModelError
 from memreason.core.trace import Question, Step, Trace
 from memreason.encode.codec import Codec
-from memreason.encode.examples import collate, encode_trace, encode_traces, pack_stream
+from memreason.encode.examples import Rows, collate, encode_trace, encode_traces, pack_stream
 from memreason.encode.scheme import TokenScheme
 from memreason.encode.vocab import add_rows, add_tokens
 
@@ -161,4 +162,8 @@ def test_collate_and_stream() -> None:
     assert batch["input_ids"].tolist() == [[1, 2, 3], [4, 9, 9]]
     assert batch["labels"].tolist() == [[-100, 2, 3], [4, -100, -100]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
-    assert pack_stream(rows, 2) == [{"input_ids": [1, 2], "labels": [1, 2]}, {"input_ids": [3, 4], "labels": [3, 4]}]
+    stream = Rows(np.arange(1, 5, dtype=np.int32), np.array([False, True, True, True]), np.array([3, 1]))
+    assert list(pack_stream(stream, 2)) == [
+        {"input_ids": [1, 2], "labels": [1, 2]},
+        {"input_ids": [3, 4], "labels": [3, 4]},
+    ]

@@ -54,7 +54,7 @@ def test_every_mistake_at_once() -> None:
 def test_refused_flags_say_which_feature() -> None:
     with pytest.raises(RecipeError) as caught:
         translate(
-            ["--dataset", "x", "--use_sparse_attention", "True", "--use_demonstrations", "True", "--nonsense"],
+            ["--dataset", "x", "--min_frequency", "1", "--use_demonstrations", "True", "--nonsense"],
             train=True,
         )
     assert len(caught.value.problems) == 4

@@ -35,6 +35,7 @@ from memreason.finetune.spread import is_spread
 from memreason.finetune.train import train as run_trainer
 from memreason.finetune.train import training_arguments
 from memreason.generate.answer import answer_questions, read_samples
+from memreason.generate.engine import refuse_unfed
 from memreason.measure.confidence import confidence_table
 from memreason.measure.score import score_trace
 from memreason.measure.stats import summarise
@@ -68,6 +69,7 @@ def train(recipe: Recipe, *, fresh: bool = False) -> Path:
     if recipe.method.name == "prompting":
         return _untrained(recipe, ready)
     model = trainable_model(recipe, ready.codec)
+    refuse_unfed(model, ready.codec)  # before it is trained, not behind the first epoch
     if main:
         write_json(manifest, _manifest(recipe, ready) | {"examples_a_step": step})
     done = run_trainer(recipe, model, ready.codec, ready.examples.rows, _selector(recipe, ready.codec, ready.splits))

@@ -36,7 +36,7 @@ from memreason.generate.cohort import COHORTS, Cohort
 from memreason.generate.plain import generate_plainly
 from memreason.generate.rows import Given, Row
 
-__all__ = ["decode"]
+__all__ = ["decode", "refuse_unfed"]
 
 CHOSEN = 64  # rows of logits looked at together: their fp32 copy stays in the cache
 
@@ -57,8 +57,7 @@ def decode(
     if not _feeds(network_of(model)):
         if settings.calculator:
             raise ModelError("eval.calculator: Transformers itself decodes this model, and cannot be given results")
-        if codec.parting:
-            raise ModelError(f"tokens.sparse_attention: {network_of(model).config.model_type} {UNMASKED}")
+        refuse_unfed(model, codec, fed=False)
         yield from generate_plainly(model, waiting, settings, codec.eos_id, more)
         return
     drafts, choose = drafts_of(codec), chooser(model, settings)
@@ -73,6 +72,12 @@ def decode(
                 ended += _advance(cohort, scores, choose, drafts, calculate, codec.eos_id)
             cohorts = [cohort for cohort in cohorts if cohort.rows]
             yield ended
+
+
+def refuse_unfed(model: Any, codec: Codec, *, fed: bool | None = None) -> None:
+    """Raises ModelError for sparse attention on a model that the engine cannot feed (None: which is tried)."""
+    if codec.parting and not (_feeds(network_of(model)) if fed is None else fed):
+        raise ModelError(f"tokens.sparse_attention: {network_of(model).config.model_type} {UNMASKED}")
 
 
 def _feeds(network: Any) -> bool:
