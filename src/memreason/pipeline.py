@@ -26,6 +26,7 @@ from memreason.core.trace import Question, Trace
 from memreason.data.tasks import Splits, load_eval
 from memreason.encode.base import pick_dtype
 from memreason.encode.codec import Codec
+from memreason.encode.demonstrations import read_demonstrations
 from memreason.encode.examples import Example, coloured_mask, encode_trace, pack_stream
 from memreason.fast.memory import peak_memory
 from memreason.finetune.checkpoint import Checkpoint, checkpoint_for, open_checkpoint
@@ -64,12 +65,15 @@ def train(recipe: Recipe, *, fresh: bool = False) -> Path:
     _check_step(manifest, step)
     start = time.monotonic()
     recipe = pinned(recipe, known)
-    ready = prepare(recipe, warn=note)
+    shown = read_demonstrations(folder, recipe.data, known.get("demonstrations") or "")
+    ready = prepare(recipe, warn=note, demonstrations=shown)
     rows: Sequence[Example] = ready.examples.rows
     if recipe.train.mode == "constant_len":
         rows = pack_stream(rows, recipe.train.model_max_length)
     model = trainable_model(recipe, ready.codec)
     if main:
+        if ready.codec.demonstrations:
+            ready.codec.demonstrations.save(folder)
         write_json(manifest, _manifest(recipe, ready) | {"examples_a_step": step})
     done = run_trainer(recipe, model, ready.codec, rows, _selector(recipe, ready.codec, ready.splits))
     if main:
@@ -129,6 +133,7 @@ def _manifest(recipe: Recipe, ready: Prepared) -> dict[str, Any]:
         "dropped": ready.examples.dropped,
         "train_tokens": ready.examples.tokens,
         "data": {str(path): file_hash(path) for path in splits.files},
+        "demonstrations": ready.codec.scheme.demonstrations or None,
         "train_ids": settings_hash({"ids": [trace.question.id for trace in splits.train]}),
         "best": None,
     }

@@ -32,6 +32,8 @@ class TokenScheme:
     plain text, which every line begins with. `noise_seed` makes the first values of
     the new rows reproducible, so that a checkpoint need not carry rows that were never trained. `row_bias`, for each
     token what the head adds to its logit, is only there in imported checkpoints.
+    With `chat_turn`, what a chat template writes between an answer and the next question, the texts of the question
+    template hold control tokens. `demonstrations` names the traces shown before a question (encode/demonstrations.py).
     """
 
     n_prefix: int = 1
@@ -48,6 +50,8 @@ class TokenScheme:
     noise_seed: int = 0
     tokenizer: str = ""
     row_bias: tuple[float, ...] = ()
+    chat_turn: str = ""
+    demonstrations: str = ""
 
     @property
     def blocks(self) -> dict[str, tuple[str, ...]]:

@@ -21,6 +21,7 @@ from memreason.core.files import write_text
 from memreason.core.recipe import EvalRecipe, Recipe, load_recipe
 from memreason.encode.base import bare_tokenizer, load_config, load_model, load_tokenizer, pick_dtype, text_fingerprint
 from memreason.encode.codec import Codec
+from memreason.encode.demonstrations import read_demonstrations
 from memreason.encode.scheme import SCHEME_FILE, TokenScheme
 from memreason.encode.vocab import add_rows, bias_rows
 from memreason.fast.rows import rows_beside
@@ -77,6 +78,8 @@ def save_checkpoint(
         model.save_pretrained(folder, state_dict=state)
     codec.tokenizer.save_pretrained(folder)
     codec.scheme.save(folder)
+    if codec.demonstrations:
+        codec.demonstrations.save(folder)
     write_text(folder / "recipe.yaml", recipe.to_yaml())
 
 
@@ -118,7 +121,8 @@ def open_checkpoint(path: Path | str, *, base: str | None = None, **model_change
     scheme = TokenScheme.load(folder)
     recipe = load_recipe(folder / "recipe.yaml")
     model = Elsewhere(folder, base or recipe.model.base, {"base": base, **model_changes})
-    return Checkpoint(folder, model, Codec(scheme, _tokenizer(folder)), recipe)
+    shown = read_demonstrations(folder, recipe.data, scheme.demonstrations)
+    return Checkpoint(folder, model, Codec(scheme, _tokenizer(folder), shown), recipe)
 
 
 def checkpoint_for(

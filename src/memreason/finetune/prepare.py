@@ -5,15 +5,19 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from memreason.core.recipe import Recipe
 from memreason.data.tasks import TASKS, Splits, load_splits
 from memreason.encode.base import identity, load_model, load_tokenizer
+from memreason.encode.chat import in_chat
 from memreason.encode.codec import Codec
+from memreason.encode.demonstrations import Demonstrations, choose_demonstrations
 from memreason.encode.examples import Examples, encode_traces
 from memreason.encode.scheme import TokenScheme
 from memreason.encode.vocab import add_rows, add_tokens
+from memreason.finetune.demonstrate import by_loss
 from memreason.finetune.methods import trainable
 
 __all__ = ["Prepared", "pinned", "prepare", "scheme_of", "trainable_model"]
@@ -33,12 +37,22 @@ class Prepared:
     examples: Examples
 
 
-def prepare(recipe: Recipe, *, warn: Callable[[str], None] = log.warning) -> Prepared:
-    """Data, tokenizer and examples of a recipe; `warn` is told what was left out."""
+def prepare(
+    recipe: Recipe, *, warn: Callable[[str], None] = log.warning, demonstrations: Demonstrations | None = None
+) -> Prepared:
+    """Data, tokenizer and examples of a recipe; `warn` is told what was left out.
+
+    `demonstrations` are those of a run that is gone on with: they were chosen when it began.
+    """
     splits = load_splits(recipe.data, warn=warn)
     settings = recipe.model
     tokenizer = load_tokenizer(settings.base, revision=settings.revision, trust_remote_code=settings.trust_remote_code)
-    codec = add_tokens(scheme_of(recipe), tokenizer)
+    scheme = scheme_of(recipe)
+    if recipe.tokens.template == "chat":
+        scheme = in_chat(scheme, tokenizer, settings.base)
+    ranking = partial(by_loss, recipe, scheme, tokenizer)
+    shown = demonstrations or choose_demonstrations(splits.train, recipe.data, recipe.seed, ranking)
+    codec = add_tokens(scheme, tokenizer, shown)
     examples = encode_traces(codec, splits.train, recipe.train.model_max_length, cut=recipe.train.cut)
     if examples.dropped or examples.cut:
         warn(f"{examples.dropped} traces dropped, {examples.cut} cut: over {recipe.train.model_max_length} tokens")
