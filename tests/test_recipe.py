@@ -53,7 +53,7 @@ def test_every_mistake_at_once() -> None:
 def test_refused_flags_say_which_feature() -> None:
     with pytest.raises(RecipeError) as caught:
         translate(
-            ["--dataset", "x", "--use_sparse_attention", "True", "--use_demonstrations", "True", "--nonsense"],
+            ["--dataset", "x", "--use_sparse_attention", "True", "--num_types", "5", "--nonsense"],
             train=True,
         )
     assert len(caught.value.problems) == 4

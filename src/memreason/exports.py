@@ -12,6 +12,7 @@ from memreason.core.trace import Question
 from memreason.data.tasks import load_eval, load_splits
 from memreason.finetune.checkpoint import open_checkpoint
 from memreason.publish.adapter import export_adapter
+from memreason.publish.chat import refuse_demonstrations
 from memreason.publish.export import Step, export_model, unheard
 from memreason.publish.gguf import GGUF, export_gguf
 from memreason.publish.push import check_pushable, push
@@ -41,7 +42,9 @@ def export(
     ExportError, and leaves nothing, if a check fails.
     """
     folder = Path(out) if out else Path(path) / f"export-{to}"
-    questions = _questions(open_checkpoint(path).recipe)
+    opened = open_checkpoint(path)
+    refuse_demonstrations(opened.codec)
+    questions = _questions(opened.recipe)
     if to == "adapter":
         export_adapter(path, folder, questions, base=base, name=name, tell=tell)
     elif to == "gguf":

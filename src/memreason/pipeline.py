@@ -224,7 +224,7 @@ def _generation(codec: Codec, trace: Trace) -> str:
     """The published layout: question, blank line, generated solution, blank line, ground truth."""
     lines = [f"[{'+'.join(step.kinds) or '-'}] {step.text}" for step in trace.steps]
     solution = "\n".join([*lines, f"The answer is: {trace.answer}"])
-    return f"{codec.scheme.question_text(trace.question).strip()}\n\n{solution}\n\n{trace.question.answer}\n\n"
+    return f"{codec.scheme.shown_text(trace.question)}\n\n{solution}\n\n{trace.question.answer}\n\n"
 
 
 def ask(path: Path | str, text: str, *, choices: Sequence[str] = (), base: str | None = None) -> Trace:

@@ -15,7 +15,6 @@ __all__ = ["apply_environment", "differences", "is_published", "of_evaluation", 
 LATER = {
     "step types": "clustered step types come with `memreason step-types`",
     "sparse": "sparse attention comes with the planning-token family",
-    "k-shot": "k-shot demonstrations come with the planning-token family",
 }
 DATASETS = {
     **{name: name for name in ("gsm8k", "math", "aqua", "svamp", "qa")},
@@ -98,10 +97,10 @@ FLAGS: dict[str, tuple[str, Callable[[str], Any]]] = {
     "plan_only": ("tokens.placement", _if("plan_only")),
     "use_sparse_attention": ("", _off("sparse")),
     "use_calculator": ("eval.calculator", _bool),
-    "use_demonstrations": ("", _off("k-shot")),
-    "k_shot": ("", int),  # counts only with use_demonstrations
-    "demo_selection": ("", _nothing),
-    "candidate_size": ("", int),
+    "use_demonstrations": ("", _bool),  # without it those of SHOWN do not count
+    "k_shot": ("data.k_shot", int),
+    "demo_selection": ("data.demo_selection", _choice({name: name for name in ("uniform", "similar", "prompt")})),
+    "candidate_size": ("data.candidate_size", int),
     "decoding_scheme": ("eval.decoding", _choice({"greedy": "greedy", "model-default": "model-default"})),
     "prompt_template": ("tokens.template", _choice({"none": "plain", "alpaca": "alpaca"})),
     "mode": ("train.mode", _choice({"supervised": "supervised", "constant_len": "constant_len"})),
@@ -140,6 +139,7 @@ PUBLISHED_DEFAULTS = {
     "train.warmup_steps": 0,
     "data.validation": 0.0,
 }
+SHOWN = {"data.k_shot": 4, "data.demo_selection": "uniform", "data.candidate_size": 100}  # and their defaults
 MARKS = ("dataset", "model_name_or_path")
 
 
@@ -187,6 +187,7 @@ def translate(arguments: Sequence[str], *, train: bool) -> tuple[list[tuple[str,
             environment[field[4:]] = str(result)
         elif field and result is not None:
             overrides[field] = result
+    overrides = _shown(dict(pairs(arguments)).get("use_demonstrations", "false"), overrides)
     if overrides.get("tokens.kinds") == STEP_TYPES["+-*/"]:
         overrides["data.step_types"] = "arithmetic"
     if train and "eval.n" in overrides:
@@ -196,6 +197,13 @@ def translate(arguments: Sequence[str], *, train: bool) -> tuple[list[tuple[str,
     if train and dict(pairs(arguments)).get("resume", "false").lower() in ("true", "1", "yes"):
         overrides |= _resumed(Path(str(overrides["model.base"])))
     return list(overrides.items()), environment
+
+
+def _shown(used: str, overrides: dict[str, Any]) -> dict[str, Any]:
+    """Demonstrations count with `--use_demonstrations` alone, and then have defaults of their own."""
+    if used.lower() in ("true", "1", "yes"):
+        return SHOWN | overrides
+    return {key: value for key, value in overrides.items() if key not in SHOWN}
 
 
 def _resumed(checkpoint: Path) -> dict[str, Any]:
@@ -241,6 +249,7 @@ def differences(overrides: Mapping[str, Any], recipe: Recipe) -> list[str]:
         if stage in ("tokens", "method")
         for field, value in fields.items()
     }
+    trained |= {key: getattr(recipe.data, key.removeprefix("data.")) for key in SHOWN}
     return [
         f"{key} {value!r} is not what the checkpoint was trained with; {trained[key]!r} counts"
         for key, value in overrides.items()

@@ -32,8 +32,8 @@ def in_chat(scheme: TokenScheme, tokenizer: PreTrainedTokenizerBase, base: str) 
     """
     if not tokenizer.chat_template:
         raise ModelError(
-            f"{base}: has no chat template, which tokens.template: chat needs. Name an instruction-tuned model, or take "
-            "tokens.template: plain or alpaca"
+            f"{base}: has no chat template, which tokens.template: chat needs. Name an instruction-tuned model, or "
+            "take tokens.template: plain or alpaca"
         )
     turns = [{"role": "user", "content": ASKED}, {"role": "assistant", "content": ANSWERED}]
     try:

@@ -85,6 +85,10 @@ class TokenScheme:
         before, behind = self.around_question
         return self.question_text(question).removeprefix(before).removesuffix(behind).strip()
 
+    def shown_text(self, question: Question) -> str:
+        """The question as a reader is shown it: with the texts around it, unless these are a chat's control tokens."""
+        return self.message(question) if self.chat_turn else self.question_text(question).strip()
+
     @cached_property
     def _question_parts(self) -> list[str]:
         return re.split(r"(\{question\}|\{choices\})", self.question_template)

@@ -33,7 +33,7 @@ def by_loss(
     candidates: Sequence[Trace],
     sample: Sequence[Trace],
 ) -> list[int]:
-    """Places of the candidates, least loss first: the mean, in nats a token, over the sample's traces behind each alone.
+    """Places of the candidates, least loss first: the mean, in nats a token, over the sample's traces behind each one.
 
     The base does not know planning tokens yet: lines are rendered without them. A candidate behind which a trace of
     the sample exceeds `train.model_max_length` comes last. The main process chooses for all.
