@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from memreason.core.errors import CheckpointError, ModelError
 from memreason.core.trace import ASSIGNMENT, Question, Step, Trace
 from memreason.encode.base import bare_tokenizer, text_fingerprint
+from memreason.encode.chat import head_and_rest, start_and_tail
 from memreason.encode.demonstrations import Demonstrations
 from memreason.encode.lines import Line, read_lines
 from memreason.encode.pieces import Piece, Rows, put_together, take_apart
@@ -121,20 +122,25 @@ class Codec:
         if not self.scheme.chat_turn:
             yield self.scheme.question_text(question), False
             return
-        before, turn, behind = self._chat_ids
-        yield before if first else turn, False
-        yield self.scheme.message(question), False
-        yield behind, False
+        (start, tail), turn, (head, rest) = self._chat
+        if not first:
+            start, tail = turn
+        yield start, False
+        yield tail + self.scheme.message(question) + head, False
+        yield rest, False
 
     @cached_property
-    def _chat_ids(self) -> tuple[tuple[int, ...], ...]:
-        """Ids of what the chat template writes before the first question, before a later one, and behind one.
+    def _chat(self) -> tuple[tuple[tuple[int, ...], str], tuple[tuple[int, ...], str], tuple[str, tuple[int, ...]]]:
+        """What the chat template writes before the first question, before a later one, and behind one: ids with
+        control tokens, and the text that is read in one with the question.
 
         A BOS that the template writes too stands in `opening_special_ids`.
         """
         before, behind = self.scheme.around_question
-        ids = [self._control_ids(text) for text in (before, self.scheme.chat_turn, behind)]
-        return (ids[0][len(self.opening_special_ids) :], *ids[1:])
+        (start, tail), (turn, again) = (start_and_tail(self.tokenizer, s) for s in (before, self.scheme.chat_turn))
+        head, rest = head_and_rest(self.tokenizer, behind)
+        ids = self._control_ids(start)[len(self.opening_special_ids) :]
+        return (ids, tail), (self._control_ids(turn), again), (head, self._control_ids(rest))
 
     def _control_ids(self, text: str) -> tuple[int, ...]:
         """Ids of a text of ours, its control tokens included."""

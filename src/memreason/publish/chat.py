@@ -13,6 +13,7 @@ from typing import Any
 
 from memreason.core.errors import CheckpointError, ExportError
 from memreason.core.trace import Question
+from memreason.encode.chat import start_and_tail
 from memreason.encode.codec import Codec
 from memreason.encode.scheme import PREFIX
 
@@ -42,8 +43,8 @@ def chat_template(codec: Codec) -> str:
     refuse_demonstrations(codec)
     before, behind = codec.scheme.around_question
     special = "".join(codec.tokenizer.convert_ids_to_tokens(codec.opening_special_ids))
-    if codec.scheme.chat_turn:  # the base's template writes it too
-        before = before.removeprefix(special)
+    if codec.scheme.chat_turn:  # the base's template writes a BOS too, and more control tokens
+        special, before = start_and_tail(codec.tokenizer, before)
     opening = codec.scheme.block_separator.join(codec.scheme.blocks.get(PREFIX, ()))
     for lead in ("", " "):  # some tokenizers put a space before a text only where it stands alone, not behind a BOS
         texts = {"BEFORE": special + lead + before, "BEHIND": behind, "OPENING": opening}

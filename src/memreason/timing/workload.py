@@ -72,10 +72,8 @@ def _prepared(recipe: Recipe, other: str | None) -> Prepared:
     if other is None and out_of_reach(recipe):
         raise ModelError(f"{recipe.model.base}: not fetched yet")
     model = recipe.model.model_copy(update={"base": other, "revision": None}) if other else recipe.model
-    as_long = {
-        "demo_selection": "uniform",
-        "demo_model": None,
-    }  # other demonstrations are about as long, and need weights
+    # other demonstrations are about as long, and need weights to be chosen
+    as_long = {"demo_selection": "uniform", "demo_model": None}
     data = recipe.data.model_copy(update=as_long)
     return prepare(recipe.model_copy(update={"model": model, "data": data}), warn=lambda _: None)
 
