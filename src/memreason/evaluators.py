@@ -11,6 +11,7 @@ from memreason.core.recipe import load_recipe
 from memreason.data.tasks import load_eval
 from memreason.finetune.checkpoint import open_checkpoint
 from memreason.generate.answer import read_samples
+from memreason.publish.chat import refuse_demonstrations
 from memreason.publish.lm_eval_log import log_samples, write_log
 from memreason.publish.lm_eval_tasks import shipped, write_tasks
 from memreason.report.gather import evaluations
@@ -23,6 +24,7 @@ def lm_eval_tasks(path: Path | str, out: Path, tasks: Sequence[str], fields: dic
     names there. `tasks` empty: the run's own. `fields` change how it is evaluated (eval.n, eval.split, eval.seed).
     """
     opened = open_checkpoint(path)
+    refuse_demonstrations(opened.codec)
     trained = {f"eval.{name}": value for name, value in opened.recipe.eval.model_dump().items()}
     settings = load_recipe(None, {**trained, **fields}).eval
     named = tasks or [settings.task or opened.recipe.data.task]

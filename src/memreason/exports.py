@@ -12,6 +12,7 @@ from memreason.core.trace import Question
 from memreason.data.tasks import load_eval, load_splits
 from memreason.finetune.checkpoint import open_checkpoint
 from memreason.publish.adapter import export_adapter
+from memreason.publish.chat import refuse_demonstrations
 from memreason.publish.export import Step, export_model, unheard
 from memreason.publish.gguf import GGUF, export_gguf
 from memreason.publish.merge import refuse_sparse
@@ -44,6 +45,7 @@ def export(
     folder = Path(out) if out else Path(path) / f"export-{to}"
     opened = open_checkpoint(path)
     refuse_sparse(opened)  # before its weights are read
+    refuse_demonstrations(opened.codec)
     questions = _questions(opened.recipe)
     if to == "adapter":
         export_adapter(path, folder, questions, base=base, name=name, tell=tell)

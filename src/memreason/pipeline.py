@@ -26,6 +26,7 @@ from memreason.core.trace import Question, Trace
 from memreason.data.tasks import Splits, load_eval
 from memreason.encode.base import pick_dtype
 from memreason.encode.codec import Codec
+from memreason.encode.demonstrations import read_demonstrations
 from memreason.encode.examples import coloured_mask
 from memreason.fast.memory import peak_memory
 from memreason.finetune.checkpoint import Checkpoint, checkpoint_for, open_checkpoint, save_untrained
@@ -65,12 +66,15 @@ def train(recipe: Recipe, *, fresh: bool = False) -> Path:
     _check_step(manifest, step)
     start = time.monotonic()
     recipe = pinned(recipe, known)
-    ready = prepare(recipe, warn=note, run=folder)
+    shown = read_demonstrations(folder, recipe.data, known.get("demonstrations") or "")
+    ready = prepare(recipe, warn=note, run=folder, demonstrations=shown)
     if recipe.method.name == "prompting":
         return _untrained(recipe, ready)
     model = trainable_model(recipe, ready.codec)
     refuse_unfed(model, ready.codec)  # before it is trained, not behind the first epoch
     if main:
+        if ready.codec.demonstrations:
+            ready.codec.demonstrations.save(folder)
         write_json(manifest, _manifest(recipe, ready) | {"examples_a_step": step})
     done = run_trainer(recipe, model, ready.codec, ready.examples.rows, _selector(recipe, ready.codec, ready.splits))
     if main:
@@ -140,6 +144,7 @@ def _manifest(recipe: Recipe, ready: Prepared) -> dict[str, Any]:
         "dropped": ready.examples.dropped,
         "train_tokens": ready.examples.tokens,
         "data": {str(path): file_hash(path) for path in splits.files},
+        "demonstrations": ready.codec.scheme.demonstrations or None,
         "train_ids": settings_hash({"ids": [trace.question.id for trace in splits.train]}),
         "best": None,
     }
@@ -230,7 +235,7 @@ def _generation(codec: Codec, trace: Trace) -> str:
     """The published layout: question, blank line, generated solution, blank line, ground truth."""
     lines = [f"[{'+'.join(step.kinds) or '-'}] {step.text}" for step in trace.steps]
     solution = "\n".join([*lines, f"The answer is: {trace.answer}"])
-    return f"{codec.scheme.question_text(trace.question).strip()}\n\n{solution}\n\n{trace.question.answer}\n\n"
+    return f"{codec.scheme.shown_text(trace.question)}\n\n{solution}\n\n{trace.question.answer}\n\n"
 
 
 def ask(path: Path | str, text: str, *, choices: Sequence[str] = (), base: str | None = None) -> Trace:

@@ -13,9 +13,6 @@ from memreason.core.recipe import Recipe, load_recipe, training_argument_types
 
 __all__ = ["apply_environment", "differences", "is_published", "of_evaluation", "pairs", "translate"]
 
-LATER = {
-    "k-shot": "k-shot demonstrations come with the planning-token family",
-}
 DATASETS = {
     **{name: name for name in ("gsm8k", "math", "aqua", "svamp", "qa")},
     "stratgeqa_agent": "strategyqa",
@@ -45,16 +42,6 @@ def _choice(table: dict[str, Any]) -> Callable[[str], Any]:
     return read
 
 
-def _off(later: str) -> Callable[[str], Any]:
-    """A switch that may be off now, and is refused when on."""
-
-    def read(value: str) -> None:
-        if _bool(value):
-            raise ValueError(f"not yet: {LATER[later]}")
-
-    return read
-
-
 def _step_type(value: str) -> str:
     if value not in STEP_TYPES | STEP_TYPES_TOLD:
         known = ", ".join(STEP_TYPES | STEP_TYPES_TOLD)
@@ -71,10 +58,6 @@ def _told(overrides: dict[str, Any]) -> None:
         overrides.pop("tokens.kinds", None)
         larger = named == "+-*/" and overrides.get("data.task") in ("math", "aqua")
         overrides["data.step_types"] = "arithmetic-14" if larger else STEP_TYPES_TOLD[named]
-
-
-def _nothing(value: str) -> None:
-    return None
 
 
 def _if(result: Any) -> Callable[[str], Any]:
@@ -100,10 +83,10 @@ FLAGS: dict[str, tuple[str, Callable[[str], Any]]] = {
     "plan_only": ("tokens.placement", _if("plan_only")),
     "use_sparse_attention": ("tokens.sparse_attention", _bool),
     "use_calculator": ("eval.calculator", _bool),
-    "use_demonstrations": ("", _off("k-shot")),
-    "k_shot": ("", int),  # counts only with use_demonstrations
-    "demo_selection": ("", _nothing),
-    "candidate_size": ("", int),
+    "use_demonstrations": ("", _bool),  # without it those of SHOWN do not count
+    "k_shot": ("data.k_shot", int),
+    "demo_selection": ("data.demo_selection", _choice({name: name for name in ("uniform", "similar", "prompt")})),
+    "candidate_size": ("data.candidate_size", int),
     "decoding_scheme": ("eval.decoding", _choice({"greedy": "greedy", "model-default": "model-default"})),
     "prompt_template": ("tokens.template", _choice({"none": "plain", "alpaca": "alpaca"})),
     "mode": ("train.mode", _choice({"supervised": "supervised", "constant_len": "constant_len"})),
@@ -146,6 +129,7 @@ PUBLISHED_DEFAULTS = {
     "train.warmup_steps": 0,
     "data.validation": 0.0,
 }
+SHOWN = {"data.k_shot": 4, "data.demo_selection": "uniform", "data.candidate_size": 100}  # and their defaults
 MARKS = ("dataset", "model_name_or_path")
 
 
@@ -194,6 +178,7 @@ def translate(arguments: Sequence[str], *, train: bool) -> tuple[list[tuple[str,
         elif field and result is not None:
             overrides[field] = result
     _told(overrides)
+    overrides = _shown(dict(pairs(arguments)).get("use_demonstrations", "false"), overrides)
     if train and "eval.n" in overrides:
         overrides["train.n_select"] = overrides["eval.n"]
     if problems:
@@ -201,6 +186,13 @@ def translate(arguments: Sequence[str], *, train: bool) -> tuple[list[tuple[str,
     if train and dict(pairs(arguments)).get("resume", "false").lower() in ("true", "1", "yes"):
         overrides |= _resumed(Path(str(overrides["model.base"])))
     return list(overrides.items()), environment
+
+
+def _shown(used: str, overrides: dict[str, Any]) -> dict[str, Any]:
+    """Demonstrations count with `--use_demonstrations` alone, and then have defaults of their own."""
+    if used.lower() in ("true", "1", "yes"):
+        return SHOWN | overrides
+    return {key: value for key, value in overrides.items() if key not in SHOWN}
 
 
 def _resumed(checkpoint: Path) -> dict[str, Any]:
@@ -246,6 +238,7 @@ def differences(overrides: Mapping[str, Any], recipe: Recipe) -> list[str]:
         if stage in ("tokens", "method")
         for field, value in fields.items()
     }
+    trained |= {key: getattr(recipe.data, key.removeprefix("data.")) for key in SHOWN}
     return [
         f"{key} {value!r} is not what the checkpoint was trained with; {trained[key]!r} counts"
         for key, value in overrides.items()

@@ -115,7 +115,7 @@ def _dotted(fields: Fields) -> Iterator[tuple[str, Any]]:
 
 
 def _depends_on_seed(recipe: Recipe) -> bool:
-    return recipe.method.name != "prompting"
+    return recipe.method.name != "prompting" or recipe.data.k_shot > 0
 
 
 def _slug(arm: str) -> str:

@@ -82,6 +82,27 @@ class DataRecipe(Stage):
     hops: list[int] | None = Field(None, description="atlas: how many lines must be combined")
     obscurity: tuple[float, float] | None = Field(None, description="atlas: range of population rank, 0 to 1")
     seed: int = Field(0, description="which questions are drawn")
+    k_shot: int = Field(0, ge=0, le=64, description="training traces shown before every question")
+    demo_selection: Literal["uniform", "similar", "prompt"] = Field(
+        "uniform",
+        description="which: drawn by the recipe's seed, the nearest to each question, or those behind which the base "
+        "has the least loss on a sample of traces",
+    )
+    candidate_size: int = Field(100, ge=2, description="similar, prompt: how many drawn traces they are chosen from")
+    demo_model: str | None = Field(
+        None, description="similar: model whose embedding (mean hidden state) says what is near (None: words, BM25)"
+    )
+
+    @model_validator(mode="after")
+    def check_demonstrations(self) -> DataRecipe:
+        if self.demo_model and self.demo_selection != "similar":
+            raise ValueError("data.demo_model: it is for data.demo_selection similar")
+        if self.k_shot >= self.candidate_size and self.demo_selection != "uniform":
+            raise ValueError(
+                f"data.candidate_size: {self.k_shot} demonstrations need at least {self.k_shot + 1} candidates, "
+                f"got {self.candidate_size}"
+            )
+        return self
 
 
 class ModelRecipe(Stage):
@@ -108,7 +129,9 @@ class TokensRecipe(Stage):
     placement: Literal["each_step", "only_at_front", "plan_first", "plan_only"] = Field(
         "each_step", description="where blocks stand: plan_first has all before the lines, plan_only no lines"
     )
-    template: Literal["plain", "alpaca"] = Field("plain", description="text around the question")
+    template: Literal["plain", "alpaca", "chat"] = Field(
+        "plain", description="text around the question; chat: the base's own chat template"
+    )
     instruction: str = Field("", description="what the model is told behind the question, e.g. to think step by step")
     add: bool = Field(True, description="False: no planning tokens at all")
     words: str = Field("", description="plain text that names a line's kinds instead of tokens, e.g. '{kind}:'")

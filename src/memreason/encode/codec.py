@@ -12,6 +12,8 @@ from transformers import PreTrainedTokenizerBase
 from memreason.core.errors import CheckpointError, ModelError
 from memreason.core.trace import ASSIGNMENT, Question, Step, Trace
 from memreason.encode.base import bare_tokenizer, text_fingerprint
+from memreason.encode.chat import head_and_rest, start_and_tail
+from memreason.encode.demonstrations import Demonstrations
 from memreason.encode.lines import Line, read_lines
 from memreason.encode.pieces import Piece, Rows, put_together, take_apart
 from memreason.encode.scheme import ANSWER, PLANS, PREFIX, TokenScheme
@@ -22,13 +24,19 @@ __all__ = ["Codec"]
 class Codec:
     """A scheme bound to a tokenizer that holds its tokens: renders traces to ids, parses ids to traces."""
 
-    def __init__(self, scheme: TokenScheme, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(
+        self,
+        scheme: TokenScheme,
+        tokenizer: PreTrainedTokenizerBase,
+        demonstrations: Demonstrations | None = None,
+    ) -> None:
         """Raises CheckpointError if the tokenizer lacks a token of the scheme or is another one."""
         vocabulary = tokenizer.get_vocab()
         missing = [token for token in scheme.tokens if token not in vocabulary]
         if missing:
             raise CheckpointError(f"the tokenizer lacks {missing} of the token scheme: they do not belong together")
         self.scheme = scheme
+        self.demonstrations = demonstrations
         self.tokenizer = tokenizer
         self.text_tokenizer = bare_tokenizer(tokenizer, scheme.tokens)
         fingerprint = text_fingerprint(self.text_tokenizer)
@@ -49,9 +57,12 @@ class Codec:
 
     @cached_property
     def opening_special_ids(self) -> list[int]:
-        """What the tokenizer puts before a text: a BOS, or nothing."""
+        """What the tokenizer puts before a text: a BOS, or nothing. In a chat only what its template writes too."""
         ids = list(self.tokenizer("")["input_ids"])
-        return [int(i) for i in ids if i != self.eos_id or i == self.tokenizer.bos_token_id]
+        found = [int(i) for i in ids if i != self.eos_id or i == self.tokenizer.bos_token_id]
+        if self.scheme.chat_turn and self._control_ids(self.scheme.around_question[0])[: len(found)] != tuple(found):
+            return []
+        return found
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text that a user wrote: never a control token (law 1)."""
@@ -95,8 +106,47 @@ class Codec:
         yield from self.trace_pieces(trace)
 
     def question_pieces(self, question: Question) -> Iterator[Piece]:
+        """The question as the scheme prints it, behind its demonstrations: nothing of it is supervised."""
         yield tuple(self.opening_special_ids), False
-        yield self.scheme.question_text(question), False
+        shown = self.demonstrations.of(question) if self.demonstrations else []
+        for place, trace in enumerate(shown):
+            yield from self._asked_pieces(trace.question, first=not place)
+            yield from ((part, False) for part, _ in self._shown_pieces(trace))
+        yield from self._asked_pieces(question, first=not shown)
+
+    def _shown_pieces(self, trace: Trace) -> Iterator[Piece]:
+        """A whole trace; in a chat its turn ends with what the template writes, which the next question brings."""
+        pieces = list(self.trace_pieces(trace))
+        return iter(pieces[:-1] if self.scheme.chat_turn else pieces)
+
+    def _asked_pieces(self, question: Question, *, first: bool) -> Iterator[Piece]:
+        """One question: a text, or in a chat ids of the template around what the user wrote (law 1)."""
+        if not self.scheme.chat_turn:
+            yield self.scheme.question_text(question), False
+            return
+        (start, tail), turn, (head, rest) = self._chat
+        if not first:
+            start, tail = turn
+        yield start, False
+        yield tail + self.scheme.message(question) + head, False
+        yield rest, False
+
+    @cached_property
+    def _chat(self) -> tuple[tuple[tuple[int, ...], str], tuple[tuple[int, ...], str], tuple[str, tuple[int, ...]]]:
+        """What the chat template writes before the first question, before a later one, and behind one: ids with
+        control tokens, and the text that is read in one with the question.
+
+        A BOS that the template writes too stands in `opening_special_ids`.
+        """
+        before, behind = self.scheme.around_question
+        (start, tail), (turn, again) = (start_and_tail(self.tokenizer, s) for s in (before, self.scheme.chat_turn))
+        head, rest = head_and_rest(self.tokenizer, behind)
+        ids = self._control_ids(start)[len(self.opening_special_ids) :]
+        return (ids, tail), (self._control_ids(turn), again), (head, self._control_ids(rest))
+
+    def _control_ids(self, text: str) -> tuple[int, ...]:
+        """Ids of a text of ours, its control tokens included."""
+        return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def trace_pieces(self, trace: Trace) -> Iterator[Piece]:
         """What a trace is made of, from the first block to EOS: its texts between the ids of blocks (laws 1, 2, 4)."""

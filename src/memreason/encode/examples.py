@@ -61,6 +61,9 @@ def encode_traces(codec: Codec, traces: Iterable[Trace], max_length: int, *, cut
 
     Raises DataError if nothing is left.
     """
+    traces = list(traces)
+    if codec.demonstrations:
+        codec.demonstrations.rank(trace.question for trace in traces)
     parts = list(stream_examples(codec, traces, max_length, cut=cut))
     dropped = sum(part.dropped for part in parts)
     if not any(len(part.rows) for part in parts):

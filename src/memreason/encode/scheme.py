@@ -32,7 +32,9 @@ class TokenScheme:
     plain text, which every line begins with. `noise_seed` makes the first values of
     the new rows reproducible, so that a checkpoint need not carry rows that were never trained. `row_bias`, for each
     token what the head adds to its logit, is only there in imported checkpoints. With `sparse_attention` a line sees
-    what stands before it through its block alone (sparse.py).
+    what stands before it through its block alone (sparse.py). With `chat_turn`, what a chat template writes between an
+    answer and the next question, the texts of the question template hold control tokens. `demonstrations` names the
+    traces shown before a question (demonstrations.py).
     """
 
     n_prefix: int = 1
@@ -50,6 +52,8 @@ class TokenScheme:
     tokenizer: str = ""
     row_bias: tuple[float, ...] = ()
     sparse_attention: bool = False
+    chat_turn: str = ""
+    demonstrations: str = ""
 
     @property
     def blocks(self) -> dict[str, tuple[str, ...]]:
@@ -82,6 +86,10 @@ class TokenScheme:
         """What a user of a chat writes to ask this question: its text, and its choices as the model was shown them."""
         before, behind = self.around_question
         return self.question_text(question).removeprefix(before).removesuffix(behind).strip()
+
+    def shown_text(self, question: Question) -> str:
+        """The question as a reader is shown it: with the texts around it, unless these are a chat's control tokens."""
+        return self.message(question) if self.chat_turn else self.question_text(question).strip()
 
     @cached_property
     def _question_parts(self) -> list[str]:

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from memreason.core.errors import ModelError
 from memreason.encode.base import bare_tokenizer, text_fingerprint
 from memreason.encode.codec import Codec
+from memreason.encode.demonstrations import Demonstrations
 from memreason.encode.scheme import TokenScheme
 
 __all__ = ["add_rows", "add_tokens", "bias_rows"]
@@ -20,8 +21,10 @@ __all__ = ["add_rows", "add_tokens", "bias_rows"]
 NOISE = 0.1  # of the spread of the word's rows: tokens of one block must differ, and still mean the word
 
 
-def add_tokens(scheme: TokenScheme, tokenizer: PreTrainedTokenizerBase) -> Codec:
-    """Add the scheme's tokens to the tokenizer (in place) and bind both.
+def add_tokens(
+    scheme: TokenScheme, tokenizer: PreTrainedTokenizerBase, demonstrations: Demonstrations | None = None
+) -> Codec:
+    """Add the scheme's tokens to the tokenizer (in place) and bind both, and what is shown before each question.
 
     Raises ModelError if the base tokenizer already has one of them: its text could then become a block.
     """
@@ -31,7 +34,8 @@ def add_tokens(scheme: TokenScheme, tokenizer: PreTrainedTokenizerBase) -> Codec
     fingerprint = text_fingerprint(bare_tokenizer(tokenizer))
     # special=False and normalized=False: they survive skip_special_tokens and the normaliser (law 5).
     tokenizer.add_tokens([AddedToken(token, special=False, normalized=False) for token in scheme.tokens])
-    return Codec(replace(scheme, tokenizer=fingerprint), tokenizer)
+    digest = demonstrations.digest if demonstrations else ""
+    return Codec(replace(scheme, tokenizer=fingerprint, demonstrations=digest), tokenizer, demonstrations)
 
 
 def add_rows(model: PreTrainedModel, codec: Codec) -> None:

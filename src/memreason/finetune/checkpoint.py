@@ -21,6 +21,7 @@ from memreason.core.files import new_folder, write_text
 from memreason.core.recipe import EvalRecipe, Recipe, load_recipe
 from memreason.encode.base import bare_tokenizer, load_config, load_model, load_tokenizer, pick_dtype, text_fingerprint
 from memreason.encode.codec import Codec
+from memreason.encode.demonstrations import read_demonstrations
 from memreason.encode.scheme import SCHEME_FILE, TokenScheme
 from memreason.encode.vocab import add_rows, bias_rows
 from memreason.fast.rows import rows_beside
@@ -75,20 +76,27 @@ def save_checkpoint(
         (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
     else:
         model.save_pretrained(folder, state_dict=state)
+    _save_terms(folder, codec, recipe)
+
+
+def _save_terms(folder: Path, codec: Codec, recipe: Recipe) -> None:
+    """All but weights."""
     codec.tokenizer.save_pretrained(folder)
     codec.scheme.save(folder)
+    if codec.demonstrations:
+        codec.demonstrations.save(folder)
     write_text(folder / "recipe.yaml", recipe.to_yaml())
 
 
 def save_untrained(run: Path, codec: Codec, recipe: Recipe) -> str:
     """A checkpoint of what is not trained: all but weights, which are the base's. Returns its name."""
-    with new_folder(run / "checkpoint-0") as folder:
-        codec.tokenizer.save_pretrained(folder)
-        codec.scheme.save(folder)
-        write_text(folder / "recipe.yaml", recipe.to_yaml())
-        for place in (folder, run):
-            TrainerState().save_to_json(str(place / "trainer_state.json"))
-    return "checkpoint-0"
+    whole = run / "checkpoint-0"
+    if not whole.is_dir():  # it may be there, of a run that was killed behind it
+        with new_folder(whole) as folder:
+            _save_terms(folder, codec, recipe)
+            TrainerState().save_to_json(str(folder / "trainer_state.json"))
+    TrainerState().save_to_json(str(run / "trainer_state.json"))
+    return whole.name
 
 
 def checkpoints_in(run: Path) -> list[Path]:
@@ -129,7 +137,8 @@ def open_checkpoint(path: Path | str, *, base: str | None = None, **model_change
     scheme = TokenScheme.load(folder)
     recipe = load_recipe(folder / "recipe.yaml")
     model = Elsewhere(folder, base or recipe.model.base, {"base": base, **model_changes})
-    return Checkpoint(folder, model, Codec(scheme, _tokenizer(folder)), recipe)
+    shown = read_demonstrations(folder, recipe.data, scheme.demonstrations)
+    return Checkpoint(folder, model, Codec(scheme, _tokenizer(folder), shown), recipe)
 
 
 def checkpoint_for(

@@ -6,6 +6,7 @@ import logging
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,13 @@ from memreason.core.errors import RecipeError
 from memreason.core.recipe import Recipe
 from memreason.data.tasks import TASKS, Splits, load_splits
 from memreason.encode.base import identity, load_model, load_tokenizer
+from memreason.encode.chat import in_chat
 from memreason.encode.codec import Codec
+from memreason.encode.demonstrations import Demonstrations, choose_demonstrations
 from memreason.encode.examples import Examples, Rows, encode_traces, pack_stream
 from memreason.encode.scheme import TokenScheme
 from memreason.encode.vocab import add_rows, add_tokens
+from memreason.finetune.demonstrate import by_loss
 from memreason.finetune.methods import trainable
 from memreason.finetune.step_types import with_step_types
 
@@ -37,16 +41,28 @@ class Prepared:
     examples: Examples
 
 
-def prepare(recipe: Recipe, *, warn: Callable[[str], None] = log.warning, run: Path | None = None) -> Prepared:
+def prepare(
+    recipe: Recipe,
+    *,
+    warn: Callable[[str], None] = log.warning,
+    run: Path | None = None,
+    demonstrations: Demonstrations | None = None,
+) -> Prepared:
     """Data, tokenizer and examples of a recipe; `warn` is told what was left out. In a `run` folder fitted step types
-    are kept."""
-    trained = recipe.method.name != "prompting"
-    splits = Splits([], [], [])
+    are kept.
+
+    `demonstrations` are those of a run that is gone on with: they were chosen when it began.
+    """
+    trained, settings, scheme = recipe.method.name != "prompting", recipe.model, scheme_of(recipe)
+    splits = load_splits(recipe.data, warn=warn) if trained or recipe.data.k_shot else Splits([], [], [])
     if trained:
-        splits = with_step_types(recipe, load_splits(recipe.data, warn=warn), scheme_of(recipe), run, warn)
-    settings = recipe.model
+        splits = with_step_types(recipe, splits, scheme, run, warn)
     tokenizer = load_tokenizer(settings.base, revision=settings.revision, trust_remote_code=settings.trust_remote_code)
-    codec = add_tokens(scheme_of(recipe), tokenizer)
+    if recipe.tokens.template == "chat":
+        scheme = in_chat(scheme, tokenizer, settings.base)
+    ranking = partial(by_loss, recipe, scheme, tokenizer)
+    shown = demonstrations or choose_demonstrations(splits.train, recipe.data, recipe.seed, ranking)
+    codec = add_tokens(scheme, tokenizer, shown)
     if not trained:
         return Prepared(splits, codec, Examples(Rows.none()))
     examples = _examples(recipe, codec, splits)

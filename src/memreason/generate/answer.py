@@ -46,6 +46,8 @@ def answer_questions(
     skip = frozenset(_key(line) for line in done)
     mine = list(questions)[state.process_index :: state.num_processes]
     own = "samples.jsonl" if state.is_main_process else f"samples-{state.process_index}.jsonl"
+    if codec.demonstrations:
+        codec.demonstrations.rank(mine)
     fresh: list[Sample] = []
     training = model.training
     model.eval()

@@ -75,7 +75,10 @@ def _prepared(recipe: Recipe, other: str | None) -> Prepared:
     if other is None and out_of_reach(recipe):
         raise ModelError(f"{recipe.model.base}: not fetched yet")
     model = recipe.model.model_copy(update={"base": other, "revision": None}) if other else recipe.model
-    return prepare(recipe.model_copy(update={"model": model}), warn=lambda _: None)
+    # other demonstrations are about as long, and need weights to be chosen
+    as_long = {"demo_selection": "uniform", "demo_model": None}
+    data = recipe.data.model_copy(update=as_long)
+    return prepare(recipe.model_copy(update={"model": model, "data": data}), warn=lambda _: None)
 
 
 def encoded(recipe: Recipe, ready: Prepared, other: str | None = None) -> Workload:
