@@ -36,7 +36,7 @@ def with_step_types(
         else:
             warn(f"learning step types ({recipe.data.step_types}) from {len(splits.train)} training traces")
             typer = fit_typer(splits.train, recipe, (scheme.question_template, scheme.choice_template))
-            if kept and (run / "recipe.yaml").is_file():
+            if kept and (kept.parent / "recipe.yaml").is_file():
                 save_typer(typer, kept)
         train, validation = (with_types(typer, traces) for traces in (splits.train, splits.validation))
     return replace(splits, train=train, validation=validation)
