@@ -34,7 +34,7 @@ def step_types(traces: Sequence[Trace], recipe: Recipe, out: Path, *, batch_size
             made, found = with_types(typer, traces, batch_size), features(typer, traces, batch_size)
         else:
             made = [RULES[data.step_types](trace) for trace in traces]
-        about = {"method": data.step_types, "seed": data.seed, "traces": len(traces)}
+        about: dict[str, Any] = {"method": data.step_types, "seed": data.seed, "traces": len(traces)}
         about |= {"of": "words" if typer is None or typer.words else f"hidden states of {Path(typer.model.base).name}"}
         about |= clusters(made, traces, found)
         write_traces(partial / "traces.jsonl", made)
