@@ -92,11 +92,7 @@ def step_vectors(
 
     CHUNK traces at a time lie there under a hash of model and texts, so that a kill costs no more than those.
     """
-<<<<<<< HEAD
     loaded: tuple[Any, PreTrainedTokenizerBase] | None = None
-=======
-    loaded: tuple[Any, Any] | None = None
->>>>>>> h-steps2
     parts = []
     known = base.model_dump(mode="json") | identity(base.base, base.revision)
     for first in tqdm(range(0, len(traces), CHUNK), desc="reading steps", leave=False, disable=None):
@@ -109,11 +105,7 @@ def step_vectors(
     return np.concatenate(parts)
 
 
-<<<<<<< HEAD
 def _loaded(base: ModelRecipe) -> tuple[Any, PreTrainedTokenizerBase]:
-=======
-def _loaded(base: ModelRecipe) -> tuple[Any, Any]:
->>>>>>> h-steps2
     """Model and tokenizer."""
     tokenizer = load_tokenizer(base.base, revision=base.revision, trust_remote_code=base.trust_remote_code)
     model: Any = load_model(**base.model_dump())
