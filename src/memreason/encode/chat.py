@@ -45,9 +45,9 @@ def in_chat(scheme: TokenScheme, tokenizer: PreTrainedTokenizerBase, base: str) 
             "take tokens.template: plain or alpaca"
         )
     turns = [{"role": "user", "content": ASKED}, {"role": "assistant", "content": ANSWERED}]
-    template: str = tokenizer.get_chat_template()
     settings: Any = {"add_generation_prompt": True, "tokenize": False, "date_string": DAY.strftime("%d %b %Y")}
     try:
+        template: str = tokenizer.get_chat_template()
         texts = [
             str(tokenizer.apply_chat_template(some, chat_template=FIXED + template, **settings))
             for some in (turns[:1], [*turns, turns[0]])
