@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from conftest import byte_level
-from memreason.core.recipe import DataRecipe
+from memreason.core.recipe import DataRecipe, load_recipe
 from memreason.core.trace import Question, Step, Trace
 from memreason.data import tasks
-from memreason.data.arithmetic import OPERATORS, arithmetic_kinds, label_arithmetic
+from memreason.data.arithmetic import OPERATIONS, OPERATORS, arithmetic_kinds, label_arithmetic, operation_kinds
 from memreason.encode.scheme import TokenScheme
 from memreason.encode.vocab import add_tokens
 
@@ -130,3 +130,31 @@ def test_what_an_import_left_out_is_told(tmp_path: Path, monkeypatch: pytest.Mon
     splits = tasks.load_splits(DataRecipe(task="strategyqa", validation=0.25), warn=told.append)
     assert len(splits.train) + len(splits.validation) == 4
     assert any("4 of 5 traces kept, 4 steps left out" in line for line in told)
+
+
+@pytest.mark.parametrize(
+    ("text", "kinds"),
+    [
+        (r"$\frac{3}{4} + \sqrt{2} = x^2$", "+ power root fraction"),
+        (r"$\binom{5}{2} = 5!/12 = 10$", "/ factorial"),
+        (r"$17 = 2 \cdot 7 + 3$, so $17 \equiv 3 \pmod{7}$", "* + modulo"),
+        (r"$\sin 30^\circ = 1/2$", "/ trig"),
+        ("20% of 50 = 10", "percent"),
+        ("3:2 = 1.5", "ratio"),
+        ("it is 3:30 pm = half past", ""),
+        (r"$x \le 5$", "compare"),
+        ("a -> b => c", ""),
+        (r"$\log_2 8 = 3$", "log"),
+        ("<<3*5=15>>15 < 20", "* compare"),
+        ("3 + 5 without an equals sign", ""),
+        ("", ""),
+    ],
+)
+def test_fourteen_kinds(text: str, kinds: str) -> None:
+    assert operation_kinds(text) == tuple(kinds.split())
+
+
+def test_the_fourteen_are_fourteen_blocks() -> None:
+    assert len(set(OPERATIONS)) == 14
+    recipe = load_recipe(None, {"data.task": "math", "data.step_types": "arithmetic-14"})
+    assert recipe.tokens.kinds == list(OPERATIONS)

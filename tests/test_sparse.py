@@ -345,7 +345,7 @@ def test_dry_run_of_a_stream(
     monkeypatch.setattr(pipeline, "estimate", lambda recipe, ready: loads.append(encoded(recipe, ready)))
     monkeypatch.setattr(pipeline, "print_estimate", lambda figures: None)
     pipeline.dry_run(recipe)
-    assert capsys.readouterr().out.count("<|end|>") == 1  # in the first piece of 64 tokens
+    assert capsys.readouterr().out.count("<|end|>") == 2  # in the first piece of 64 tokens
     assert not recipe.folder.exists()
     (load,) = loads
     codec = pipeline.prepare(recipe).codec

@@ -10,7 +10,7 @@ from memreason.core.files import new_folder, write_json, write_traces
 from memreason.core.kinds import CLUSTERED
 from memreason.core.recipe import Recipe
 from memreason.core.trace import Trace
-from memreason.data.tasks import RULES
+from memreason.data.lines import KINDS
 from memreason.encode.step_types.hidden import BATCH
 from memreason.encode.step_types.typer import features, fit_typer, save_typer, with_types
 from memreason.finetune.prepare import scheme_of
@@ -33,8 +33,8 @@ def step_types(traces: Sequence[Trace], recipe: Recipe, out: Path, *, batch_size
             typer = fit_typer(traces, recipe, (scheme.question_template, scheme.choice_template), batch_size)
             made, found = with_types(typer, traces, batch_size), features(typer, traces, batch_size)
         else:
-            made = [RULES[data.step_types](trace) for trace in traces]
-        about = {"method": data.step_types, "seed": data.seed, "traces": len(traces)}
+            made = KINDS[data.step_types](traces, data.seed)
+        about: dict[str, Any] = {"method": data.step_types, "seed": data.seed, "traces": len(traces)}
         about |= {"of": "words" if typer is None or typer.words else f"hidden states of {Path(typer.model.base).name}"}
         about |= clusters(made, traces, found)
         write_traces(partial / "traces.jsonl", made)

@@ -27,6 +27,8 @@ def _step_types(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
     from memreason.core.recipe import load_recipe
     from memreason.report.console import figures
 
+    if not (arguments.traces or arguments.dataset):
+        raise RecipeError("a file of traces or a task is needed: memreason step-types TRACES.jsonl", "step-types")
     if arguments.method not in METHODS:
         known = ", ".join(METHODS)
         raise RecipeError(f"--method: one of {known} is needed, got {arguments.method!r}", "step-types")
@@ -60,8 +62,6 @@ def _traces(arguments: argparse.Namespace) -> tuple[list[Any], str]:
     from memreason.published import DATASETS
 
     source = arguments.traces or arguments.dataset
-    if not source:
-        raise RecipeError("a file of traces or a task is needed: memreason step-types TRACES.jsonl", "step-types")
     if is_file(source):
         traces = read_traces(source)
         named = traces[0].question.task

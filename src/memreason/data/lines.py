@@ -11,7 +11,7 @@ from memreason.core.recipe import DataRecipe
 from memreason.core.trace import MEMORY, Step, Trace
 from memreason.data.arithmetic import label_arithmetic, label_operations
 
-__all__ = ["prepared_lines"]
+__all__ = ["KINDS", "prepared_lines"]
 
 
 def prepared_lines(traces: Sequence[Trace], data: DataRecipe) -> list[Trace]:

@@ -29,14 +29,15 @@ def with_step_types(
     """
     if recipe.data.step_types not in CLUSTERED:
         return splits
-    kept = run / FOLDER if run else None
+    # Only a run is written to: a checkpoint may lie anywhere.
+    kept = run / FOLDER if run and (run / "recipe.yaml").is_file() else None
     with PartialState().main_process_first():  # the others find its typer, and the vectors in the cache
         if kept and kept.is_dir():
             typer = load_typer(kept)
         else:
             warn(f"learning step types ({recipe.data.step_types}) from {len(splits.train)} training traces")
             typer = fit_typer(splits.train, recipe, (scheme.question_template, scheme.choice_template))
-            if kept and (run / "recipe.yaml").is_file():
+            if kept:
                 save_typer(typer, kept)
         train, validation = (with_types(typer, traces) for traces in (splits.train, splits.validation))
     return replace(splits, train=train, validation=validation)

@@ -65,4 +65,4 @@ def _typical(texts: Sequence[str], own: Sequence[bool], found: Features | None) 
         vectors = found.vectors[np.cumsum(found.known)[places] - 1]
         dense = vectors.toarray() if hasattr(vectors, "toarray") else vectors
         places = places[np.argsort(((dense - dense.mean(0)) ** 2).sum(1), kind="stable")]
-    return list(dict.fromkeys(texts[place] for place in places if texts[place]))[:EXAMPLES]
+    return list(dict.fromkeys(texts[place] for place in places.tolist() if texts[place]))[:EXAMPLES]

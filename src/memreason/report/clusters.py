@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from memreason.core.trace import Trace
 from memreason.encode.step_types.typer import Features
 from memreason.report.console import console, figures
-from memreason.report.drawing import INK, SOFT, canvas, drawable, pictures, save, title_over
+from memreason.report.drawing import INK, RULE, SOFT, canvas, drawable, pictures, save, title_over
 
 __all__ = ["draw_clusters", "print_clusters"]
 
@@ -51,6 +51,7 @@ def draw_clusters(traces: Sequence[Trace], found: Features, about: dict[str, Any
         figure, (axes, side) = canvas((MAP + SIDE + 0.5, tall + HEAD + 0.2), (0.15, tall - MAP + 0.1, MAP, MAP),
                                       (MAP + 0.4, 0.1, SIDE, tall))  # fmt: skip
         axes.set(xticks=[], yticks=[])
+        axes.spines[:].set_color(RULE)
         side.set(xlim=(0, SIDE), ylim=(tall, 0))
         side.axis("off")
         below = LINE
@@ -69,8 +70,8 @@ def draw_clusters(traces: Sequence[Trace], found: Features, about: dict[str, Any
 
 def _lines(name: str, row: dict[str, Any], steps: int) -> list[str]:
     known = [f"{kind} {n}" for kind, n in row["labelled"].items() if kind != "none"][:4]
-    labelled = f"   labelled {', '.join(known)}" if known else ""
-    head = f"{name}   {row['steps']} steps, {row['steps'] / steps:.0%}{labelled}"
+    labelled = f" · labelled {', '.join(known)}" if known else ""
+    head = f"{name} · {row['steps']} steps, {row['steps'] / steps:.0%}{labelled}"
     return [head, *(textwrap.shorten(text, 88, placeholder=" …") for text in row["examples"])]
 
 

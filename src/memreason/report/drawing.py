@@ -23,6 +23,7 @@ from memreason.measure.segments import FIRST, QUESTION, Part
 __all__ = [
     "CELL",
     "INK",
+    "RULE",
     "SHADES",
     "SOFT",
     "canvas",

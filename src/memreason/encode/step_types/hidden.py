@@ -92,7 +92,7 @@ def step_vectors(
 
     CHUNK traces at a time lie there under a hash of model and texts, so that a kill costs no more than those.
     """
-    loaded: list[Any] = []
+    loaded: tuple[Any, PreTrainedTokenizerBase] | None = None
     parts = []
     known = base.model_dump(mode="json") | identity(base.base, base.revision)
     for first in tqdm(range(0, len(traces), CHUNK), desc="reading steps", leave=False, disable=None):
@@ -105,13 +105,13 @@ def step_vectors(
     return np.concatenate(parts)
 
 
-def _loaded(base: ModelRecipe) -> list[Any]:
+def _loaded(base: ModelRecipe) -> tuple[Any, PreTrainedTokenizerBase]:
     """Model and tokenizer."""
     tokenizer = load_tokenizer(base.base, revision=base.revision, trust_remote_code=base.trust_remote_code)
     model: Any = load_model(**base.model_dump())
     if torch.cuda.is_available() and not (base.quantize or base.offload):
         model.to("cuda")
-    return [model, tokenizer]
+    return model, tokenizer
 
 
 def _store(path: Path, vectors: Vectors) -> None:
