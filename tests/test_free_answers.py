@@ -93,6 +93,9 @@ READ = [  # what is said, gold, choices, verdict
     ("B. Kenya", "B", CHOICES, "correct"),
     ("Kenya", "B", CHOICES, "correct"),
     ("The answer is: True\n\nQuestion: Is Rome in Asia?\nThe answer is: False", "True", None, "correct"),
+    ("No, Lima is the capital.\nIt is.", "False", None, "correct"),
+    ("The answer is: Kenya (B)", "B", CHOICES, "correct"),
+    ("The answer is: **Kenya**.", "B", CHOICES, "correct"),
     ("The answer is: 1,200.", "1200", None, "correct"),
     ("The answer is: True\nThe answer is: False", "True", None, "wrong"),  # the last phrase counts
     # Garbage: nothing of it is an answer.
@@ -103,6 +106,10 @@ READ = [  # what is said, gold, choices, verdict
     ("A\nB\nC\nD", "D", CHOICES, "no_answer"),
     ("Peru (A) Kenya (B) Cuba (C) Chad (D)", "A", CHOICES, "no_answer"),
     ("A country in Africa is meant.", "A", CHOICES, "no_answer"),
+    ("No doubt it is.", "False", None, "no_answer"),
+    ("The answer is: Cuba (B)", "B", CHOICES, "no_answer"),
+    ("The answer is: Peru (A) Kenya (B)", "A", CHOICES, "no_answer"),
+    ("Yes, or no?\nFalse", "True", None, "wrong"),
     ("B. Cuba", "B", CHOICES, "no_answer"),
     ("Kenya lies in Africa.", "B", CHOICES, "no_answer"),
     ("Question: Is Rome in Asia?\nThe answer is: True", "True", None, "no_answer"),

@@ -1,7 +1,8 @@
 """Free answers: what a model that nobody trained for it writes, read line by line.
 
 Its answer stands behind the last phrase that announces one ("The answer is", "Answer:"), or, without any, in a line of
-its own that holds nothing else. What stands in the middle of a sentence is no answer (as in measure/reading.py).
+its own that holds nothing else; a reply may also begin with it ("No, ..."). What stands in the middle of a sentence is
+no answer (as in measure/reading.py).
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ PHRASE = re.compile(  # the first half is measure/reading.py's
     re.IGNORECASE,
 )
 BARE = re.compile(r"\W*(true|false|yes|no|[-−]?[$€£]?\d[\d,]*(?:\.\d+)?%?)\W*", re.IGNORECASE)
+FIRST_WORD = re.compile(r"\W*(true|false|yes|no)\s*[,.;:]", re.IGNORECASE)
 TAIL = 32  # tokens in which a new question's first words are looked for
 
 
@@ -45,6 +47,7 @@ def parse_free(codec: Codec, question: Question, ids: Sequence[int]) -> Trace:
     if end == len(ids) and own == len(lines):
         faults.append("no end of sequence")
     steps, prediction = _announced(lines[:own]) or _bare(question, lines[:own])
+    prediction = _alone(question, prediction) or prediction  # "Kenya (B)" is B
     if not prediction:
         faults.append("no answer line")
     meta = {"spans": [line.span for line in steps], "bodies": [line.body for line in steps]}
@@ -71,6 +74,8 @@ def _clean(text: str) -> str:
 def _bare(question: Question, lines: Sequence[Line]) -> tuple[list[Line], str]:
     """An answer in a first or last line of its own; "" where lines of this sort differ."""
     found = [(n, answer) for n, line in enumerate(lines) if (answer := _alone(question, line.text))]
+    if not found and not question.choices and lines and (said := FIRST_WORD.match(lines[0].text)):
+        return list(lines), said[1]  # "No, Lima is the capital of Peru."
     if len({answer.casefold() for _, answer in found}) == 1 and found[-1][0] in (0, len(lines) - 1):
         return list(lines[: found[0][0]]), found[0][1]
     return list(lines), ""
