@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from memreason.core.errors import DataError, TaskError
+from memreason.core.errors import DataError, ExportError, TaskError
 from memreason.core.recipe import Recipe
 from memreason.core.trace import Question
 from memreason.data.tasks import load_eval, load_splits
-from memreason.finetune.checkpoint import open_checkpoint
+from memreason.finetune.checkpoint import Checkpoint, open_checkpoint
 from memreason.publish.adapter import export_adapter
 from memreason.publish.chat import refuse_demonstrations
 from memreason.publish.export import Step, export_model, unheard
@@ -44,6 +44,7 @@ def export(
     """
     folder = Path(out) if out else Path(path) / f"export-{to}"
     opened = open_checkpoint(path)
+    _refuse_untrained(opened)
     refuse_sparse(opened)  # before its weights are read
     refuse_demonstrations(opened.codec)
     questions = _questions(opened.recipe)
@@ -54,6 +55,14 @@ def export(
     else:
         export_model(path, folder, questions, base=base, dtype=dtype, name=name, tell=tell)
     return folder
+
+
+def _refuse_untrained(opened: Checkpoint) -> None:
+    if opened.recipe.method.name == "prompting":
+        raise ExportError(
+            f"{opened.folder}: nothing was trained (method prompting), so its base {opened.recipe.model.base} is all "
+            "that there is. Serve that, and ask it with --eval.engine chat"
+        )
 
 
 def _questions(recipe: Recipe) -> Sequence[Question]:

@@ -14,6 +14,7 @@ from memreason.core.trace import ASSIGNMENT, Question, Step, Trace
 from memreason.encode.base import bare_tokenizer, text_fingerprint
 from memreason.encode.chat import head_and_rest, start_and_tail
 from memreason.encode.demonstrations import Demonstrations
+from memreason.encode.free import parse_free
 from memreason.encode.lines import Line, read_lines
 from memreason.encode.pieces import Piece, Rows, put_together, take_apart
 from memreason.encode.scheme import ANSWER, PLANS, PREFIX, TokenScheme
@@ -144,6 +145,18 @@ class Codec:
         ids = self._control_ids(start)[len(self.opening_special_ids) :]
         return (ids, tail), (self._control_ids(turn), again), (head, self._control_ids(rest))
 
+    @cached_property
+    def turn_ends(self) -> frozenset[int]:
+        """The control token that ends an answer in the chat template: EOS on most bases, on some another one."""
+        special = set(self.tokenizer.all_special_ids)
+        return frozenset([i for i in self._control_ids(self.scheme.chat_turn) if i in special][:1])
+
+    def said(self, question: Question) -> str:
+        """A question as a user of a chat writes it, its instruction included."""
+        if not self.scheme.chat_turn:
+            return self.scheme.question_text(question).strip()
+        return (self.scheme.message(question) + self._chat[2][0]).strip()
+
     def _control_ids(self, text: str) -> tuple[int, ...]:
         """Ids of a text of ours, its control tokens included."""
         return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
@@ -190,6 +203,8 @@ class Codec:
         `meta["spans"]` of the trace holds, for each step, [first, last + 1] of its ids, blocks included, and
         `meta["bodies"]` where its text begins behind them.
         """
+        if self.scheme.free:
+            return parse_free(self, question, ids)
         faults: list[str] = []
         ids = list(ids)
         if self.eos_id in ids:

@@ -32,7 +32,8 @@ class TokenScheme:
     plain text, which every line begins with. `noise_seed` makes the first values of
     the new rows reproducible, so that a checkpoint need not carry rows that were never trained. `row_bias`, for each
     token what the head adds to its logit, is only there in imported checkpoints. With `sparse_attention` a line sees
-    what stands before it through its block alone (sparse.py). With `chat_turn`, what a chat template writes between an
+    what stands before it through its block alone (sparse.py). `free` answers are those of a model that was not trained:
+    they are read wherever they stand (free.py). With `chat_turn`, what a chat template writes between an
     answer and the next question, the texts of the question template hold control tokens. `demonstrations` names the
     traces shown before a question (demonstrations.py).
     """
@@ -53,6 +54,7 @@ class TokenScheme:
     row_bias: tuple[float, ...] = ()
     sparse_attention: bool = False
     chat_turn: str = ""
+    free: bool = False
     demonstrations: str = ""
 
     @property
@@ -81,6 +83,11 @@ class TokenScheme:
         """What the question template puts before a question and behind it and its choices."""
         before, *_, behind = re.split(r"\{question\}|\{choices\}", self.question_template)
         return before, behind
+
+    @property
+    def question_lead(self) -> str:
+        """What the line of a question begins with: "Question:"; empty where it begins with the question itself."""
+        return "" if self.chat_turn else self.around_question[0].strip().split("\n")[-1].strip()
 
     def message(self, question: Question) -> str:
         """What a user of a chat writes to ask this question: its text, and its choices as the model was shown them."""

@@ -90,6 +90,8 @@ def _save_terms(folder: Path, codec: Codec, recipe: Recipe) -> None:
 
 def save_untrained(run: Path, codec: Codec, recipe: Recipe) -> str:
     """A checkpoint of what is not trained: all but weights, which are the base's. Returns its name."""
+    if run / "checkpoint-0" in checkpoints_in(run):  # of a call that was killed behind it
+        return "checkpoint-0"
     whole = run / "checkpoint-0"
     if not whole.is_dir():  # it may be there, of a run that was killed behind it
         with new_folder(whole) as folder:

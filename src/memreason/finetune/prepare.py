@@ -103,6 +103,7 @@ def scheme_of(recipe: Recipe) -> TokenScheme:
         choice_template=task.choice_template,
         words=tokens.words,
         noise_seed=recipe.seed,
+        free=recipe.method.name == "prompting",
         sparse_attention=tokens.sparse_attention,
     )
 

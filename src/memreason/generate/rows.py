@@ -6,6 +6,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +14,7 @@ import torch
 from memreason.core.recipe import EvalRecipe
 from memreason.core.trace import Question
 from memreason.encode.codec import Codec
+from memreason.encode.free import is_over
 from memreason.encode.sparse import BEGINNING, Segment, segments
 from memreason.generate.choose import Taken
 
@@ -135,6 +137,8 @@ def start(
     limit = min(whole, positions or whole) - len(prompt)
     seed = int(question.id[:12], 16) if _is_hex(question.id[:12]) else sum(question.id.encode())
     random = torch.Generator().manual_seed((seed ^ (settings.seed * 1000003 + sample)) % 2**63)
+    if codec.scheme.free:
+        until = until or partial(is_over, codec)
     return Row(question, sample, limit, prompt, random, until)
 
 

@@ -4,8 +4,8 @@ How a server is asked is found out once, with the first row, from the best way t
 llama.cpp), as text, as a user's message (the chat template of the exported tokenizer makes the prompt of it); each with
 what servers know beyond OpenAI's fields, then without. Ids and log-probabilities are read where the answer holds them.
 
-The engine "chat" asks any chat model, which was not trained here: the whole prompt is a user's message, and of what
-comes back only the text counts.
+The engine "chat" asks any chat model, which was not trained here: the question is a user's message, demonstrations are
+earlier turns, and of what comes back only the text counts.
 
 What comes as text is read by our tokenizer, which knows the blocks. Trap: these ids spell the same text, but need not
 be those that were generated, so they have no figures (nan). What the server made of a prompt is checked by its count
@@ -109,7 +109,9 @@ class _Server(NamedTuple):
         except (TypeError, KeyError, IndexError) as error:
             raise EngineError(f"{self.settings.base_url}: no completion came back, but {str(found)[:200]}") from error
         if self.way == "words":
-            row.fill([*self.codec.encode(self.reply(choice)), eos], [], eos)
+            ids = [*self.codec.encode(self.reply(choice)), *([] if choice.get("finish_reason") == "length" else [eos])]
+            row.limit = max(row.limit, len(ids))  # its tokens were counted there: these may be more, and all count
+            row.fill(ids, [], eos)
             return
         read = choice.get("prompt_token_ids") or found.get("prompt_token_ids")
         count = len(read) if read else usage.get("prompt_tokens")
@@ -165,16 +167,21 @@ def _message(codec: Codec, row: Row) -> str:
     return codec.scheme.message(row.question)
 
 
-def _words(codec: Codec, row: Row) -> str:
-    """A whole prompt, demonstrations and instruction included, as a user would write it."""
-    return str(codec.tokenizer.decode(row.pending, skip_special_tokens=True)).strip()
+def _turns(codec: Codec, row: Row) -> list[Json]:
+    """A prompt as messages: each demonstration as a turn of its own, then the question, with their instruction."""
+    _message(codec, row)  # refuses what goes on from given lines
+    turns: list[Json] = []
+    for trace in codec.demonstrations.of(row.question) if codec.demonstrations else []:
+        turns.append({"role": "user", "content": codec.said(trace.question)})
+        turns.append({"role": "assistant", "content": codec.decode(codec.render(trace)[:-1]).strip()})
+    return [*turns, {"role": "user", "content": codec.said(row.question)}]
 
 
 WAYS: dict[str, Callable[[Codec, Row], Json]] = {
     "ids": lambda codec, row: {"prompt": row.pending},
     "text": lambda codec, row: {"prompt": _text(codec, row)},
     "chat": lambda codec, row: {"messages": [{"role": "user", "content": _message(codec, row)}]},
-    "words": lambda codec, row: {"messages": [{"role": "user", "content": _words(codec, row)}]},
+    "words": lambda codec, row: {"messages": _turns(codec, row)},
 }
 ASKED = {"openai": ("ids", "text", "chat"), "chat": ("words",)}  # the ways of an engine, from the best
 REFUSALS = {400, 404, 405, 415, 422, 500, 501}  # of a way to ask; 500 after as many tries as any failure

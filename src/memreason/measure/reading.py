@@ -43,7 +43,7 @@ NUMBER = re.compile(
     re.IGNORECASE,
 )
 # What joins two answers. A comma joins only if the second one ends the line: "B, as A is too small" has one.
-JOIN = re.compile(r"\W{0,3}?\s*(?:(?P<comma>,)|/|&|\bor\b|\band\b)\s*(?:not\s+)?", re.IGNORECASE)
+JOIN = re.compile(r"\W{0,3}?\s*(?:,\s*(?:or|and)\b|(?P<comma>,)|/|&|\bor\b|\band\b)\s*(?:not\s+)?", re.IGNORECASE)
 END = re.compile(r"\W*(?:$|(?:and|or)\b)")
 
 

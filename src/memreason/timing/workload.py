@@ -12,7 +12,7 @@ import numpy as np
 import torch
 import yaml
 
-from memreason.core.errors import DataError, ModelError, TaskError
+from memreason.core.errors import DataError, ModelError, RecipeError, TaskError
 from memreason.core.recipe import Recipe
 from memreason.data.tasks import MADE, is_file, load_eval
 from memreason.encode.base import BUILT_IN
@@ -60,6 +60,8 @@ class Workload:
 def workload(recipe: Recipe, *, traces: int | None = None, tokens: int | None = None) -> Workload:
     """From the recipe's own data if it is at hand, counted with its model's tokenizer or, where that is out of reach,
     the built-in model's; else from `traces` examples of `tokens` tokens or the table's figures of the task."""
+    if recipe.method.name == "prompting":
+        raise RecipeError("method.name: prompting trains nothing, so there is nothing to estimate", "estimate")
     if traces is None and tokens is None:
         for other in (None, STAND_IN):
             try:
