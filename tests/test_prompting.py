@@ -19,6 +19,7 @@ from memreason.core.trace import Question, Step, Trace
 from memreason.data.lines import prepared_lines
 from memreason.encode.base import load_model, load_tokenizer
 from memreason.finetune.checkpoint import load_checkpoint
+from memreason.finetune.prepare import prepare
 from stub import Replies, listening
 
 NOTHING = {"method.name": "prompting", "tokens.add": False}
@@ -47,6 +48,16 @@ def test_nothing_is_trained_and_the_answers_are_the_base_models_own(tmp_path: Pa
     assert results["n"] == 4 and results["answered_before"] == 0
     assert pipeline.train(recipe) == run  # says that it is done
     assert pipeline.evaluate(run, settings=recipe.eval)["answered_before"] == 4
+
+
+def test_an_instruction_stands_in_a_chat_too(tmp_path: Path) -> None:
+    base = save_base(tmp_path / "base")
+    tokenizer = load_tokenizer(str(base))
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}<|end|>{% endfor %}assistant:"
+    tokenizer.save_pretrained(base)
+    codec = prepare(prompted(tmp_path, **{"tokens.template": "chat", "tokens.instruction": "Say True."})).codec
+    asked = tokenizer.decode(codec.question_ids(Question("Is Lima in Peru?", "True")))
+    assert asked == "user: Is Lima in Peru?\nSay True.<|end|>assistant:"
 
 
 def test_what_cannot_be_is_refused(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -60,6 +60,7 @@ def prepare(
     tokenizer = load_tokenizer(settings.base, revision=settings.revision, trust_remote_code=settings.trust_remote_code)
     if recipe.tokens.template == "chat":
         scheme = in_chat(scheme, tokenizer, settings.base)
+        scheme = replace(scheme, question_template=_instructed(scheme.question_template, recipe))
     ranking = partial(by_loss, recipe, scheme, tokenizer)
     shown = demonstrations or choose_demonstrations(splits.train, recipe.data, recipe.seed, ranking)
     codec = add_tokens(scheme, tokenizer, shown)
