@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from scipy import sparse
 
 from conftest import byte_level, own_traces, save_base, tiny_model, tiny_recipe
 from memreason import pipeline
@@ -20,11 +21,18 @@ from memreason.data.tasks import Splits, load_splits
 from memreason.encode.scheme import TokenScheme
 from memreason.encode.step_types.clusters import fit_balanced, fit_centres, nearest
 from memreason.encode.step_types.hidden import hidden_vectors, step_vectors
-from memreason.encode.step_types.typer import fit_typer, load_typer, save_typer, with_types
+from memreason.encode.step_types.typer import (
+    Features,
+    _different,
+    fit_typer,
+    load_typer,
+    save_typer,
+    with_types,
+)
 from memreason.encode.step_types.vae import fit_vae
 from memreason.finetune.prepare import prepare
 from memreason.finetune.step_types import with_step_types
-from memreason.measure.clusters import purity
+from memreason.measure.clusters import clusters, purity
 
 TEMPLATES = (TokenScheme().question_template, TokenScheme().choice_template)
 
@@ -231,3 +239,13 @@ def test_next_steps_and_typers_that_are_not_there(tmp_path: Path) -> None:
     (tmp_path / "typer.json").write_text("{}")
     with pytest.raises(CheckpointError, match="not a typer of this version"):
         load_typer(tmp_path)
+
+
+def test_words_of_many_steps_are_never_made_dense() -> None:
+    """tf-idf of MATH's 60,000 lines would take gigabytes."""
+    rows = sparse.csr_matrix(([1.0, 1.0, 2.0], ([0, 1, 2], [7, 7, 9])), shape=(3, 10**9))
+    assert (_different(rows, 5), _different(rows, 2)) == (2, 2)
+    rows = sparse.csr_matrix(([1.0] * 9, (np.repeat(range(3), 3), [0, 1, 2, 0, 1, 5, 7, 8, 9])), shape=(3, 10))
+    made = [Trace(Question("q", "1"), tuple(Step(("type_0",), text) for text in ("near", "nearer", "far")))]
+    found = Features(rows, np.ones(3, bool), np.zeros(3, np.intp))
+    assert clusters(made, made, found)["types"]["type_0"]["examples"][-1] == "far"

@@ -60,9 +60,11 @@ def _counts(pairs: Sequence[tuple[Step, Step]]) -> dict[tuple[str, ...], Counter
 
 def _typical(texts: Sequence[str], own: Sequence[bool], found: Features | None) -> list[str]:
     """A few different texts of a cluster, the nearest to its mean first."""
+    from sklearn.metrics.pairwise import euclidean_distances
+
     places = np.flatnonzero(own)
     if found is not None and found.known[places].all():
         vectors = found.vectors[np.cumsum(found.known)[places] - 1]
-        dense = vectors.toarray() if hasattr(vectors, "toarray") else vectors
-        places = places[np.argsort(((dense - dense.mean(0)) ** 2).sum(1), kind="stable")]
+        away = euclidean_distances(vectors, np.asarray(vectors.mean(0)).reshape(1, -1))[:, 0]  # sparse ones stay so
+        places = places[np.argsort(away.round(6), kind="stable")]
     return list(dict.fromkeys(texts[place] for place in places.tolist() if texts[place]))[:EXAMPLES]

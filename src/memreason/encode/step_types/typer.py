@@ -105,12 +105,23 @@ def fit_typer(traces: Sequence[Trace], recipe: Recipe, templates: tuple[str, str
 
 
 def _check_enough(vectors: Any, data: DataRecipe) -> None:
-    different = len(np.unique(vectors.toarray() if hasattr(vectors, "toarray") else vectors, axis=0))
+    different = _different(vectors, data.n_types)
     if different < data.n_types:
         raise DataError(
             f"data.n_types {data.n_types}: the training traces have {different} different steps with a text; "
             "give more traces or ask for fewer types"
         )
+
+
+def _different(vectors: Any, enough: int) -> int:
+    """How many rows differ, counted no further than `enough`: tf-idf of a large set, made dense, fills the memory."""
+    seen: set[bytes] = set()
+    for place in range(vectors.shape[0]):
+        row = vectors[place]
+        seen.add(row.indices.tobytes() + row.data.tobytes() if hasattr(row, "indices") else row.tobytes())
+        if len(seen) == enough:
+            break
+    return len(seen)
 
 
 def embedder(recipe: Recipe) -> ModelRecipe:
