@@ -53,7 +53,8 @@ def test_vectors_are_of_the_prefix_so_far() -> None:
     first, second = (tokenizer(f" {step.text}\n")["input_ids"] for step in traces[1].steps)
     for place, prefix, step in ((1, question, first), (2, question + first, second)):
         with torch.no_grad():
-            states = model.base_model(input_ids=torch.tensor([prefix + step])).last_hidden_state[0]
+            layers = model.base_model(input_ids=torch.tensor([prefix + step]), output_hidden_states=True).hidden_states
+            states = layers[1][0]  # of the embedding and two layers
         np.testing.assert_allclose(vectors[place], states[len(prefix) :].mean(0).numpy(), atol=1e-5)
 
 
