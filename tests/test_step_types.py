@@ -12,7 +12,7 @@ from conftest import byte_level, own_traces, save_base, tiny_model, tiny_recipe
 from memreason import pipeline
 from memreason.cli import main
 from memreason.core.errors import CheckpointError, DataError
-from memreason.core.files import read_json, read_traces, write_traces
+from memreason.core.files import read_json, read_traces, write_json, write_traces
 from memreason.core.kinds import CLUSTERED, OPERATORS
 from memreason.core.recipe import ModelRecipe, load_recipe
 from memreason.core.trace import Question, Step, Trace
@@ -250,3 +250,13 @@ def test_words_of_many_steps_are_never_made_dense() -> None:
     made = [Trace(Question("q", "1"), tuple(Step(("type_0",), text) for text in ("near", "nearer", "far")))]
     found = Features(rows, np.ones(3, bool), np.zeros(3, np.intp))
     assert clusters(made, made, found)["types"]["type_0"]["examples"][-1] == "far"
+
+
+def test_a_typer_of_another_layer_is_refused(tmp_path: Path) -> None:
+    data = load_recipe(None, {"data.step_types": "tf-idf", "data.n_types": 2})
+    save_typer(fit_typer(make_sums("train", 4), data, TEMPLATES), tmp_path / "typer")
+    settings = read_json(tmp_path / "typer" / "typer.json")
+    for changed in ({**settings, "layer": "last"}, {name: settings[name] for name in settings if name != "layer"}):
+        write_json(tmp_path / "typer" / "typer.json", changed)
+        with pytest.raises(CheckpointError, match="not a typer of this version"):
+            load_typer(tmp_path / "typer")

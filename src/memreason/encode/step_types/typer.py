@@ -29,6 +29,7 @@ from memreason.encode.step_types.words import fit_words, word_vectors
 __all__ = ["Features", "Typer", "features", "fit_typer", "load_typer", "save_typer", "with_types"]
 
 SETTINGS, ARRAYS = "typer.json", "typer.safetensors"
+LAYER = "middle"  # whose states hidden.py gives: those of another would be told by wrong centres
 FITTED_BY = ("step_types", "n_types", "seed", "type_epochs", "min_frequency", "max_frequency")  # of the data recipe
 Arrays = dict[str, NDArray[np.float32]]
 Fit = Callable[[Any, DataRecipe, NDArray[np.intp]], Arrays]
@@ -166,6 +167,7 @@ def save_typer(typer: Typer, folder: Path) -> None:
             "model": typer.model.model_dump(mode="json"),
             "templates": typer.templates,
             "words": typer.words,
+            "layer": LAYER,
         }
         write_json(partial / SETTINGS, settings)
         with writing(partial / ARRAYS):
@@ -179,6 +181,8 @@ def load_typer(folder: Path) -> Typer:
     try:
         settings, arrays = read_json(folder / SETTINGS), load_file(folder / ARRAYS)
         question, choice = settings["templates"]
+        if settings["layer"] != LAYER:
+            raise ValueError(f"it looks at layer {settings['layer']!r}, not at {LAYER!r}")
         data, model = DataRecipe(**settings["data"]), ModelRecipe(**settings["model"])
         return Typer(data, model, (question, choice), arrays, tuple(settings["words"]))
     except (KeyError, TypeError, ValueError, OSError, ValidationError, SafetensorError) as error:
