@@ -15,7 +15,7 @@ import uvicorn
 
 from conftest import own_traces, save_base, tiny_recipe
 from memreason import pipeline
-from memreason.core.recipe import EvalRecipe
+from memreason.core.stages import EvalRecipe
 from memreason.finetune.checkpoint import Checkpoint
 from memreason.generate.engine import decode
 from memreason.serve.app import Service, make_app

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from conftest import byte_level
-from memreason.core.recipe import DataRecipe, load_recipe
+from memreason.core.recipe import load_recipe
+from memreason.core.stages import DataRecipe
 from memreason.core.trace import Question, Step, Trace
 from memreason.data import tasks
 from memreason.data.arithmetic import OPERATIONS, OPERATORS, arithmetic_kinds, label_arithmetic, operation_kinds

@@ -27,7 +27,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from conftest import byte_level, save_base, tiny_model, tiny_recipe
 from memreason.core.errors import ModelError, RecipeError
-from memreason.core.recipe import MethodRecipe
+from memreason.core.stages import MethodRecipe
 from memreason.core.trace import Question, Step, Trace
 from memreason.encode.codec import Codec
 from memreason.encode.scheme import TokenScheme

@@ -250,7 +250,7 @@ def test_the_strongest_way_that_has_a_verdict_counts() -> None:
 def test_going_on_from_own_lines_changes_nothing(byte_codec: Any) -> None:
     """Greedy: what follows the model's own first lines is what it wrote behind them."""
     from conftest import byte_level, tiny_model
-    from memreason.core.recipe import EvalRecipe
+    from memreason.core.stages import EvalRecipe
     from memreason.encode.vocab import add_rows
     from memreason.generate.onward import begun_ids, continue_traces
 

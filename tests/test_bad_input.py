@@ -20,7 +20,8 @@ from memreason import pipeline
 from memreason.cli import main
 from memreason.core.errors import CheckpointError, DataError, MemreasonError, ModelError, RecipeError, StorageError
 from memreason.core.files import read_json, read_traces, write_traces
-from memreason.core.recipe import EvalRecipe, load_recipe
+from memreason.core.recipe import load_recipe
+from memreason.core.stages import EvalRecipe
 from memreason.core.trace import Question, Step, Trace
 from memreason.finetune.checkpoint import checkpoints_in, load_checkpoint
 

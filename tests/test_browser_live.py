@@ -13,7 +13,7 @@ from axe_playwright_python.sync_playwright import Axe
 
 from memreason import pipeline
 from memreason.core.files import read_traces, write_traces
-from memreason.core.recipe import EvalRecipe
+from memreason.core.stages import EvalRecipe
 from memreason.core.trace import Question, Step, Trace
 from memreason.finetune.checkpoint import load_checkpoint
 from memreason.generate.answer import answer_questions

@@ -12,7 +12,8 @@ from conftest import byte_level, own_traces, save_base, tiny_recipe
 from memreason import pipeline
 from memreason.core.errors import CheckpointError, DataError, RecipeError
 from memreason.core.files import read_json, read_jsonl
-from memreason.core.recipe import DataRecipe, load_recipe
+from memreason.core.recipe import load_recipe
+from memreason.core.stages import DataRecipe
 from memreason.core.trace import Question, Step, Trace
 from memreason.encode.demonstrations import Demonstrations, choose_demonstrations
 from memreason.encode.examples import encode_trace

@@ -22,7 +22,8 @@ from memreason import pipeline
 from memreason.cli import main
 from memreason.core.errors import CheckpointError, EngineError, RecipeError
 from memreason.core.files import read_json, read_jsonl
-from memreason.core.recipe import EvalRecipe, Recipe, load_recipe
+from memreason.core.recipe import Recipe, load_recipe
+from memreason.core.stages import EvalRecipe
 from memreason.core.trace import Question, Step, Trace
 from memreason.encode.base import load_tokenizer
 from memreason.encode.codec import Codec

@@ -13,7 +13,7 @@ import pytest
 
 from memreason import pipeline
 from memreason.core.files import read_json, read_jsonl
-from memreason.core.recipe import EvalRecipe
+from memreason.core.stages import EvalRecipe
 from memreason.core.trace import Trace
 from memreason.data.atlas import make_atlas
 from memreason.finetune.checkpoint import open_checkpoint

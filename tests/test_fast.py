@@ -28,7 +28,7 @@ from transformers import (
 from conftest import BASES, greedy, own_traces, save_base, tiny_model, tiny_recipe
 from memreason import pipeline
 from memreason.core.files import read_json
-from memreason.core.recipe import EvalRecipe
+from memreason.core.stages import EvalRecipe
 from memreason.core.trace import Question
 from memreason.encode.codec import Codec
 from memreason.encode.examples import encode_trace, pack, split_packed

@@ -13,7 +13,7 @@ from conftest import byte_level, own_traces, save_base, tiny_recipe
 from memreason import pipeline
 from memreason.core.errors import ExportError, RecipeError
 from memreason.core.files import read_json, read_traces
-from memreason.core.recipe import EvalRecipe
+from memreason.core.stages import EvalRecipe
 from memreason.core.trace import Question
 from memreason.encode import free
 from memreason.encode.codec import Codec

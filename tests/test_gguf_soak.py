@@ -15,7 +15,7 @@ from conftest import own_traces, save_base, sentencepiece_bpe, tiny_model, tiny_
 from memreason import exports, pipeline
 from memreason.core.errors import ExportError
 from memreason.core.files import read_json, read_jsonl
-from memreason.core.recipe import EvalRecipe
+from memreason.core.stages import EvalRecipe
 from memreason.core.trace import Question, Trace
 from memreason.encode.codec import Codec
 from memreason.finetune.checkpoint import load_checkpoint, open_checkpoint

@@ -22,7 +22,7 @@ from conftest import FAMILIES, TEXTS, byte_level, tiny_model, tiny_qwen
 from memreason.cli import main
 from memreason.core.errors import CheckpointError, MemreasonError
 from memreason.core.files import read_json
-from memreason.core.recipe import EvalRecipe
+from memreason.core.stages import EvalRecipe
 from memreason.core.trace import Question, Step, Trace
 from memreason.finetune.checkpoint import load_checkpoint
 from memreason.finetune.imported import import_checkpoint

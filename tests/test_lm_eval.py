@@ -14,7 +14,7 @@ from conftest import own_traces, save_base, tiny_recipe
 from memreason import pipeline
 from memreason.cli import main
 from memreason.core.files import read_json, read_jsonl, write_traces
-from memreason.core.recipe import EvalRecipe
+from memreason.core.stages import EvalRecipe
 from memreason.core.trace import Question, Step, Trace
 from memreason.data.tasks import load_eval
 from memreason.encode.codec import Codec

@@ -12,7 +12,7 @@ import pytest
 from memreason import exports, pipeline
 from memreason.cli import main
 from memreason.core.files import read_jsonl
-from memreason.core.recipe import EvalRecipe
+from memreason.core.stages import EvalRecipe
 from memreason.evaluators import lm_eval_log
 
 pytestmark = pytest.mark.soak

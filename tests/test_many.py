@@ -23,7 +23,8 @@ from safetensors.torch import load_file
 from conftest import BASES, save_base, tiny_model, tiny_recipe
 from memreason import pipeline
 from memreason.core.errors import ProcessError, RecipeError
-from memreason.core.recipe import MethodRecipe, Recipe
+from memreason.core.recipe import Recipe
+from memreason.core.stages import MethodRecipe
 from memreason.encode.codec import Codec
 from memreason.encode.examples import Example, collate, first_rows, pack
 from memreason.encode.pieces import IGNORED

@@ -15,7 +15,8 @@ from conftest import BASES, own_traces, save_base, tiny_recipe
 from memreason import pipeline
 from memreason.core.errors import CheckpointError, RecipeError
 from memreason.core.files import read_json
-from memreason.core.recipe import EvalRecipe, Recipe
+from memreason.core.recipe import Recipe
+from memreason.core.stages import EvalRecipe
 from memreason.encode.base import load_model, load_tokenizer
 from memreason.encode.scheme import TokenScheme
 from memreason.encode.vocab import add_rows, add_tokens

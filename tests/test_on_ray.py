@@ -26,7 +26,7 @@ from memreason import inside, pipeline
 from memreason.cli import main
 from memreason.core.errors import EngineError
 from memreason.core.files import read_jsonl
-from memreason.core.recipe import EvalRecipe
+from memreason.core.stages import EvalRecipe
 from memreason.encode.base import load_model, load_tokenizer
 from memreason.encode.codec import Codec
 from memreason.encode.scheme import TokenScheme

@@ -14,7 +14,8 @@ from memreason.cli import main
 from memreason.core.errors import RecipeError
 from memreason.core.files import read_json, read_jsonl
 from memreason.core.kinds import PAUSE
-from memreason.core.recipe import DataRecipe, Recipe
+from memreason.core.recipe import Recipe
+from memreason.core.stages import DataRecipe
 from memreason.core.trace import Question, Step, Trace
 from memreason.data.lines import prepared_lines
 from memreason.encode.base import load_model, load_tokenizer

@@ -17,7 +17,7 @@ from memreason import pipeline
 from memreason.cli import main
 from memreason.core.errors import ModelError, TaskError
 from memreason.core.files import read_json, read_jsonl, read_traces, write_json
-from memreason.core.recipe import EvalRecipe
+from memreason.core.stages import EvalRecipe
 from memreason.core.trace import MEMORY, REASON, Question, Step, Trace
 from memreason.encode.codec import Codec
 from memreason.encode.examples import collate, encode_trace

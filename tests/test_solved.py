@@ -8,7 +8,7 @@ import pytest
 
 from conftest import byte_level
 from memreason.core.errors import DataError
-from memreason.core.recipe import DataRecipe
+from memreason.core.stages import DataRecipe
 from memreason.core.trace import Question, Step, Trace
 from memreason.data import tasks
 from memreason.data.arithmetic import OPERATORS, arithmetic_kinds, label_arithmetic

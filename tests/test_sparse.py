@@ -16,7 +16,8 @@ from memreason import pipeline
 from memreason.cli import main
 from memreason.core.errors import EngineError, ExportError, ModelError, RecipeError
 from memreason.core.files import read_json
-from memreason.core.recipe import EvalRecipe, load_recipe
+from memreason.core.recipe import load_recipe
+from memreason.core.stages import EvalRecipe
 from memreason.core.trace import Question
 from memreason.encode.codec import Codec
 from memreason.encode.examples import collate, encode_trace, encode_traces, pack, pack_stream

@@ -13,7 +13,8 @@ import torch
 from conftest import BASES, save_base, tiny_recipe
 from memreason import pipeline
 from memreason.core.errors import ModelError
-from memreason.core.recipe import EvalRecipe, load_recipe
+from memreason.core.recipe import load_recipe
+from memreason.core.stages import EvalRecipe
 from memreason.core.trace import Question
 from memreason.finetune.checkpoint import load_checkpoint
 from memreason.finetune.spread import is_spread, places_of

@@ -14,7 +14,8 @@ from memreason.cli import main
 from memreason.core.errors import CheckpointError, DataError
 from memreason.core.files import read_json, read_traces, write_json, write_traces
 from memreason.core.kinds import CLUSTERED, OPERATORS
-from memreason.core.recipe import ModelRecipe, load_recipe
+from memreason.core.recipe import load_recipe
+from memreason.core.stages import ModelRecipe
 from memreason.core.trace import Question, Step, Trace
 from memreason.data.sums import make_sums
 from memreason.data.tasks import Splits, load_splits

@@ -9,7 +9,7 @@ from conftest import save_base, tiny_recipe
 from memreason import pipeline
 from memreason.core.errors import TaskError
 from memreason.core.kinds import OPERATORS
-from memreason.core.recipe import DataRecipe
+from memreason.core.stages import DataRecipe
 from memreason.data import sums
 from memreason.data.arithmetic import ANNOTATION, arithmetic_kinds
 from memreason.data.sums import make_sums

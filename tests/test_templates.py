@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 from conftest import FAMILIES, byte_level, own_traces, tiny_model, tiny_recipe
 from memreason import pipeline
 from memreason.core.errors import ExportError, ModelError
-from memreason.core.recipe import DataRecipe
+from memreason.core.stages import DataRecipe
 from memreason.core.trace import Question
 from memreason.encode.chat import in_chat
 from memreason.encode.codec import Codec

@@ -8,7 +8,8 @@ import torch
 
 from conftest import BASES, byte_level, save_base, tiny_model, tiny_recipe
 from memreason.core.errors import CheckpointError
-from memreason.core.recipe import EvalRecipe, Recipe
+from memreason.core.recipe import Recipe
+from memreason.core.stages import EvalRecipe
 from memreason.core.trace import Question, Trace
 from memreason.encode.codec import Codec
 from memreason.encode.examples import encode_trace

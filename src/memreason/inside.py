@@ -22,7 +22,7 @@ from memreason.core.files import (
     write_traces,
 )
 from memreason.core.labelling import LabelRecipe
-from memreason.core.recipe import EvalRecipe
+from memreason.core.stages import EvalRecipe
 from memreason.core.trace import MEMORY, REASON, Question, Trace
 from memreason.data.tasks import Splits, load_eval, load_splits
 from memreason.finetune.checkpoint import Checkpoint, checkpoint_for, load_checkpoint

@@ -15,7 +15,7 @@ from memreason import __version__
 from memreason.core.errors import DataError, RecipeError
 from memreason.core.files import read_traces, settings_hash, write_json, write_jsonl, write_text, write_traces
 from memreason.core.labelling import LabelRecipe, load_label_recipe
-from memreason.core.recipe import DataRecipe
+from memreason.core.stages import DataRecipe
 from memreason.core.trace import Question, Trace
 from memreason.data.mix import subset
 from memreason.data.tasks import load_eval

@@ -9,7 +9,7 @@ from accelerate import PartialState
 
 from memreason.core.errors import RecipeError, TaskError
 from memreason.core.files import read_json, settings_hash, write_json, write_traces
-from memreason.core.recipe import EvalRecipe
+from memreason.core.stages import EvalRecipe
 from memreason.data.tasks import is_file, load_splits, task_named
 from memreason.finetune.checkpoint import Checkpoint, checkpoint_for, load_checkpoint
 from memreason.generate.answer import read_samples

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from memreason.core.errors import MemreasonError, RecipeError
-from memreason.core.recipe import EvalRecipe
+from memreason.core.stages import EvalRecipe
 from memreason.core.trace import Trace, question_id
 from memreason.data.tasks import load_eval
 from memreason.report.console import figures, note

@@ -21,7 +21,8 @@ from memreason.core.files import (
     write_json,
     write_text,
 )
-from memreason.core.recipe import EvalRecipe, Recipe, load_recipe
+from memreason.core.recipe import Recipe, load_recipe
+from memreason.core.stages import EvalRecipe
 from memreason.core.trace import Question, Trace
 from memreason.data.tasks import Splits, load_eval
 from memreason.encode.base import pick_dtype

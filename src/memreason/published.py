@@ -9,7 +9,8 @@ from typing import Any
 
 from memreason.core.errors import RecipeError
 from memreason.core.kinds import CLUSTERED
-from memreason.core.recipe import Recipe, load_recipe, training_argument_types
+from memreason.core.recipe import Recipe, load_recipe
+from memreason.core.stages import training_argument_types
 
 __all__ = ["apply_environment", "differences", "is_published", "of_evaluation", "pairs", "translate"]
 

@@ -25,7 +25,7 @@ def _data_list(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
 
 
 def _data_show(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
-    from memreason.core.recipe import DataRecipe
+    from memreason.core.stages import DataRecipe
     from memreason.data import tasks
     from memreason.report.console import print_trace
 

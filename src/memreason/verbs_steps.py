@@ -57,7 +57,7 @@ def _step_types(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
 def _traces(arguments: argparse.Namespace) -> tuple[list[Any], str]:
     """Traces of a file, or a task's training traces; and the task, whose way of printing questions is taken."""
     from memreason.core.files import read_traces
-    from memreason.core.recipe import DataRecipe
+    from memreason.core.stages import DataRecipe
     from memreason.data.tasks import TASKS, is_file, load_splits
     from memreason.published import DATASETS
 

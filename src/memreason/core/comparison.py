@@ -14,8 +14,9 @@ from pydantic import Field, model_validator
 
 from memreason.core.errors import RecipeError
 from memreason.core.files import settings_hash
-from memreason.core.recipe import Recipe, Stage, load_recipe, shipped
+from memreason.core.recipe import Recipe, load_recipe, shipped
 from memreason.core.settings import Overrides, read_settings
+from memreason.core.stages import Stage
 
 __all__ = ["Comparison", "Job", "jobs_of", "load_comparison"]
 

@@ -9,8 +9,9 @@ from urllib.parse import urlsplit
 import yaml
 from pydantic import Field, field_validator
 
-from memreason.core.recipe import Stage, shipped
+from memreason.core.recipe import shipped
 from memreason.core.settings import Overrides, read_settings
+from memreason.core.stages import Stage
 
 __all__ = [
     "CheckName",

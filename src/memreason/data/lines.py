@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from memreason.core.kinds import CLUSTERED, PAUSE
-from memreason.core.recipe import DataRecipe
+from memreason.core.stages import DataRecipe
 from memreason.core.trace import MEMORY, Step, Trace
 from memreason.data.arithmetic import label_arithmetic, label_operations
 

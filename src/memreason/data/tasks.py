@@ -9,7 +9,7 @@ from typing import Literal
 
 from memreason.core.errors import DataError, TaskError
 from memreason.core.files import cache_dir, read_traces, write_traces
-from memreason.core.recipe import DataRecipe
+from memreason.core.stages import DataRecipe
 from memreason.core.trace import Trace
 from memreason.data.atlas import make_atlas
 from memreason.data.lines import prepared_lines

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from memreason.core.errors import CheckpointError, RecipeError
 from memreason.core.files import read_traces, settings_hash, write_jsonl
-from memreason.core.recipe import DataRecipe
+from memreason.core.stages import DataRecipe
 from memreason.core.trace import Question, Trace
 from memreason.encode.nearness import by_embedding, by_words
 

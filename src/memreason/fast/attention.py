@@ -73,7 +73,7 @@ def packed_attention(
 
 
 @packed_attention.register_fake
-def _(query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, scale: float, since: Tensor | None = None) -> Tensor:
+def _(query: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(query, memory_format=torch.contiguous_format)
 
 
@@ -102,15 +102,7 @@ def _backward(
 
 
 @_backward.register_fake
-def _(
-    gradient: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    bounds: Tensor,
-    since: Tensor | None,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (query, key, value))  # type: ignore[return-value]
 
 

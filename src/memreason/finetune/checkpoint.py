@@ -18,7 +18,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from memreason.core.errors import CheckpointError
 from memreason.core.files import new_folder, write_text
-from memreason.core.recipe import EvalRecipe, Recipe, load_recipe
+from memreason.core.recipe import Recipe, load_recipe
+from memreason.core.stages import EvalRecipe
 from memreason.encode.base import bare_tokenizer, load_config, load_model, load_tokenizer, pick_dtype, text_fingerprint
 from memreason.encode.codec import Codec
 from memreason.encode.demonstrations import read_demonstrations
@@ -90,8 +91,6 @@ def _save_terms(folder: Path, codec: Codec, recipe: Recipe) -> None:
 
 def save_untrained(run: Path, codec: Codec, recipe: Recipe) -> str:
     """A checkpoint of what is not trained: all but weights, which are the base's. Returns its name."""
-    if run / "checkpoint-0" in checkpoints_in(run):  # of a call that was killed behind it
-        return "checkpoint-0"
     whole = run / "checkpoint-0"
     if not whole.is_dir():  # it may be there, of a run that was killed behind it
         with new_folder(whole) as folder:

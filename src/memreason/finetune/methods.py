@@ -22,7 +22,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from memreason.core.errors import ModelError
-from memreason.core.recipe import MethodRecipe
+from memreason.core.stages import MethodRecipe
 from memreason.encode.codec import Codec
 from memreason.encode.scheme import PREFIX
 from memreason.fast.rows import row_layers, rows_beside

@@ -14,7 +14,7 @@ from torch import nn
 from tqdm import tqdm
 
 from memreason.core.files import append_jsonl, read_jsonl, write_jsonl
-from memreason.core.recipe import EvalRecipe
+from memreason.core.stages import EvalRecipe
 from memreason.core.trace import Question, Trace
 from memreason.encode.codec import Codec
 from memreason.generate.engines import generate

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from memreason.core.errors import ModelError
-from memreason.core.recipe import EvalRecipe
+from memreason.core.stages import EvalRecipe
 from memreason.core.trace import Question
 from memreason.encode.codec import Codec
 from memreason.fast.attention import attending

@@ -13,7 +13,7 @@ from importlib import import_module
 from typing import Any
 
 from memreason.core.errors import EngineError
-from memreason.core.recipe import EvalRecipe
+from memreason.core.stages import EvalRecipe
 from memreason.core.trace import Question
 from memreason.encode.codec import Codec
 from memreason.generate.engine import decode

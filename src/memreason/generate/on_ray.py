@@ -23,7 +23,8 @@ import torch
 from accelerate import PartialState
 
 from memreason.core.errors import EngineError, MemreasonError
-from memreason.core.recipe import EvalRecipe, load_recipe
+from memreason.core.recipe import load_recipe
+from memreason.core.stages import EvalRecipe
 from memreason.encode.base import DTYPES, pick_dtype
 from memreason.encode.codec import Codec
 from memreason.finetune.checkpoint import Checkpoint, Elsewhere, checkpoint_for

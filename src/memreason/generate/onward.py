@@ -8,7 +8,7 @@ from itertools import chain
 from torch import nn
 
 from memreason.core.errors import ModelError
-from memreason.core.recipe import EvalRecipe
+from memreason.core.stages import EvalRecipe
 from memreason.core.trace import Question, Trace
 from memreason.encode.codec import Codec
 from memreason.generate.engines import generate

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import StoppingCriteriaList
 
-from memreason.core.recipe import EvalRecipe
+from memreason.core.stages import EvalRecipe
 from memreason.finetune.methods import merged, network_of
 from memreason.generate.choose import take
 from memreason.generate.rows import Row

@@ -16,7 +16,7 @@ from functools import cache, partial
 from typing import Any, NamedTuple
 
 from memreason.core.errors import ModelError
-from memreason.core.recipe import EvalRecipe
+from memreason.core.stages import EvalRecipe
 from memreason.core.trace import MEMORY, Question
 from memreason.encode.codec import Codec
 from memreason.encode.scheme import PREFIX

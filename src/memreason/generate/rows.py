@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from memreason.core.recipe import EvalRecipe
+from memreason.core.stages import EvalRecipe
 from memreason.core.trace import Question
 from memreason.encode.codec import Codec
 from memreason.encode.free import is_over

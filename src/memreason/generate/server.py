@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import openai
 
 from memreason.core.errors import EngineError
-from memreason.core.recipe import EvalRecipe
+from memreason.core.stages import EvalRecipe
 from memreason.encode.codec import Codec
 from memreason.encode.scheme import ANSWER
 from memreason.generate.replies import KEY, ids_of, said

@@ -13,7 +13,7 @@ import torch
 from transformers import GenerationConfig
 
 from memreason.core.errors import CheckpointError, EngineError
-from memreason.core.recipe import EvalRecipe
+from memreason.core.stages import EvalRecipe
 from memreason.encode.codec import Codec
 from memreason.finetune.methods import is_adapted
 from memreason.generate.rows import Row

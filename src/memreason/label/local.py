@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from memreason.core.labelling import TeacherRecipe
-from memreason.core.recipe import EvalRecipe
+from memreason.core.stages import EvalRecipe
 from memreason.core.trace import Question, Trace
 from memreason.encode.base import load_model, load_tokenizer
 from memreason.encode.codec import Codec

@@ -12,7 +12,8 @@ from typing import Any
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from memreason.core.files import new_folder, write_json, write_text
-from memreason.core.recipe import EvalRecipe, Recipe
+from memreason.core.recipe import Recipe
+from memreason.core.stages import EvalRecipe
 from memreason.core.trace import Question
 from memreason.encode.base import DTYPES
 from memreason.encode.codec import Codec

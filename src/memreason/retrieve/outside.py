@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from memreason.core.errors import RecipeError
 from memreason.core.files import read_json
-from memreason.core.recipe import EvalRecipe
+from memreason.core.stages import EvalRecipe
 from memreason.generate.recall import retrieving
 from memreason.generate.rows import Engine
 from memreason.measure.unsure import CALIBRATION

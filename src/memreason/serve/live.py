@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from memreason.core.errors import MemreasonError
-from memreason.core.recipe import EvalRecipe
+from memreason.core.stages import EvalRecipe
 from memreason.core.trace import MEMORY, Question, Step, Trace
 from memreason.data.atlas import memory_line_true
 from memreason.encode.codec import Codec

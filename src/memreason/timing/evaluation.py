@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from memreason.core.recipe import EvalRecipe, Recipe
+from memreason.core.recipe import Recipe
+from memreason.core.stages import EvalRecipe
 from memreason.core.trace import Question
 from memreason.data.tasks import load_eval
 from memreason.encode.codec import Codec

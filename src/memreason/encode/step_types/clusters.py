@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from memreason.core.recipe import DataRecipe
+from memreason.core.stages import DataRecipe
 
 __all__ = ["fit_balanced", "fit_centres", "nearest"]
 

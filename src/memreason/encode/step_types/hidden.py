@@ -20,7 +20,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from memreason.core.files import cache_dir, writing
-from memreason.core.recipe import ModelRecipe
+from memreason.core.stages import ModelRecipe
 from memreason.core.trace import Question, Trace
 from memreason.encode.base import bare_tokenizer, identity, load_model, load_tokenizer
 

@@ -17,7 +17,8 @@ from safetensors.numpy import load_file, save_file
 from memreason.core.errors import CheckpointError, DataError
 from memreason.core.files import new_folder, read_json, write_json, writing
 from memreason.core.kinds import VAES
-from memreason.core.recipe import DataRecipe, ModelRecipe, Recipe
+from memreason.core.recipe import Recipe
+from memreason.core.stages import DataRecipe, ModelRecipe
 from memreason.core.trace import Step, Trace
 from memreason.encode.base import identity
 from memreason.encode.scheme import TokenScheme

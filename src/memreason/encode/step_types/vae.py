@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from memreason.core.errors import DataError
-from memreason.core.recipe import DataRecipe
+from memreason.core.stages import DataRecipe
 
 __all__ = ["fit_vae", "vae_types"]
 

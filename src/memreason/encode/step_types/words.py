@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from memreason.core.errors import DataError
-from memreason.core.recipe import DataRecipe
+from memreason.core.stages import DataRecipe
 
 __all__ = ["fit_words", "word_vectors"]
 
