@@ -106,7 +106,8 @@ def test_faults_are_read_by_words_so_that_blocks_make_no_difference() -> None:
     assert arm_faults([[(Trace(t.question, (), prediction="True"), score_trace(t)) for t in tagged]]) is None
 
 
-def comparison(folder: Path, **changes: Any) -> Comparison:
+def comparison(folder: Path, changed: dict[str, Any] | None = None, **changes: Any) -> Comparison:
+    """`changed`: sections of the settings in which some values are others."""
     data = folder / "traces.jsonl"
     if not data.is_file():
         write_traces(data, own_traces(24))
@@ -119,6 +120,7 @@ def comparison(folder: Path, **changes: Any) -> Comparison:
         "train": {"per_device_train_batch_size": 8, "max_steps": 2, "eval_strategy": "no"},
         "eval": {"task": str(data), "n": 6, "max_new_tokens": 8},
     }
+    settings |= {name: {**settings[name], **values} for name, values in (changed or {}).items()}
     arms = {"plain": {"tokens": {"add": False}}, "memory & reason": {}, "again": {}}
     values = {"name": "c", "recipe": "demo", "settings": settings, "seeds": [0, 1], "arms": arms}
     values |= {"output_dir": str(folder / "out"), **changes}
@@ -207,22 +209,28 @@ def test_an_arm_runs_in_a_process_of_its_own_and_a_failure_does_not_stop_the_oth
     assert len(list((tmp_path / "out").rglob("arm-*.json"))) == 1
 
 
-def test_a_killed_comparison_takes_its_arm_with_it_and_goes_on(tmp_path: Path) -> None:
-    comparison(tmp_path, seeds=[0])
+@pytest.mark.parametrize("while_there_is", ["manifest.json", "samples.jsonl"])  # an arm trains, an arm answers
+def test_a_killed_comparison_takes_its_arm_with_it_and_goes_on(tmp_path: Path, while_there_is: str) -> None:
+    changes = {"eval": {"n": 24, "max_new_tokens": 100, "batch_size": 1}} if while_there_is == "samples.jsonl" else {}
+    comparison(tmp_path, seeds=[0], changed=changes)
     command = [sys.executable, "-m", "memreason", "compare", str(tmp_path / "comparison.yaml")]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
-    while not list((tmp_path / "out").rglob("manifest.json")):  # an arm is at work
+    while not (there := list((tmp_path / "out").rglob(while_there_is))):
         assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.05)
+        time.sleep(0.02)
     (child,) = (int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split())
     process.send_signal(signal.SIGKILL)
     process.wait()
     while Path(f"/proc/{child}/cmdline").is_file() and Path(f"/proc/{child}/cmdline").read_bytes():
         assert time.monotonic() < deadline, "the arm goes on without its parent"
-        time.sleep(0.05)
+        time.sleep(0.02)
+    kept = there[0].read_bytes()[:-1].rpartition(b"\n")[0]  # the last line may be torn
     assert main(["compare", str(tmp_path / "comparison.yaml")]) == 0
     assert (tmp_path / "out" / "comparison.html").is_file()
+    if changes:
+        answered = read_json(there[0].with_name("results.json"))["answered_before"]
+        assert 0 < kept.count(b"\n") + 1 <= answered < 24, "nothing that was answered is answered again"
 
 
 def test_the_page_shows_every_arm_and_nothing_in_it_becomes_a_tag(tmp_path: Path) -> None:

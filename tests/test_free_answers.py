@@ -7,20 +7,22 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from completions import Completions, completing
 from conftest import byte_level, own_traces, save_base, tiny_recipe
 from memreason import pipeline
 from memreason.core.errors import ExportError, RecipeError
-from memreason.core.files import read_json, read_traces
+from memreason.core.files import read_json, read_jsonl, read_traces, write_traces
 from memreason.core.stages import EvalRecipe
-from memreason.core.trace import Question
+from memreason.core.trace import Question, Trace
 from memreason.encode import free
 from memreason.encode.codec import Codec
 from memreason.encode.scheme import TokenScheme
 from memreason.encode.vocab import add_tokens
 from memreason.exports import export
-from memreason.finetune.checkpoint import open_checkpoint
+from memreason.finetune.checkpoint import load_checkpoint, open_checkpoint
+from memreason.generate import cue
 from memreason.generate.engines import generate
 from memreason.measure import reading
 from memreason.measure.score import score_trace
@@ -166,6 +168,47 @@ def test_any_chat_server_is_asked(tmp_path: Path, base: Path) -> None:
     assert [turn["role"] for turn in turns] == ["user", "assistant"] * 2 + ["user"]
     assert all(turn["content"].endswith(TOLD) for turn in turns[::2])
     assert "The answer is: " in turns[1]["content"] and "<" not in turns[1]["content"]
+
+
+def test_of_a_reply_without_an_answer_the_likeliest_is_taken(
+    tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By hand, from the whole text: log-probability of each letter behind reply and cue. Nothing is asked twice."""
+    run = prompted(tmp_path, base)
+    questions = [Question(f"Where? {n}", "B", choices=CHOICES[: 2 + n]) for n in range(3)]
+    questions += [trace.question for trace in own_traces(3)]
+    write_traces(tmp_path / "asked.jsonl", [Trace(question, ()) for question in questions])
+    opened = load_checkpoint(run)
+    model, codec = opened.model.eval(), opened.codec
+    changes = {"task": str(tmp_path / "asked.jsonl"), "n_samples": 2, "temperature": 1.0, "max_new_tokens": 30}
+    settings = opened.recipe.eval.model_copy(update=changes)
+    found = pipeline.evaluate(run, settings=settings)
+    lines = [line for _, line in read_jsonl(Path(found["folder"]) / "samples.jsonl")]
+    assert len(lines) == 12 and found["no_answer"] == 0
+    cued = [line for line in lines if line["meta"].get("cued")]
+    assert len(cued) > 8  # random rows say nothing
+    for line in cued:
+        question = Trace.from_json(line).question
+        text = codec.decode(line["ids"])
+        reply, _, said = text.rpartition("The answer is:")
+        assert said.strip() == line["prediction"] and line["ids"][-1] == codec.eos_id
+        known = [place for place, value in enumerate(line["logprobs"]) if value is not None]
+        spoken, place = len(known) - 1, known[-1]
+        assert codec.decode(line["ids"][:spoken]).strip() == reply.strip()
+        with torch.no_grad():
+            ids = codec.question_ids(question) + line["ids"][:place]
+            scores = model(torch.tensor([ids])).logits[0, -1].log_softmax(dim=-1)
+        behind = {answer: codec.encode(f"The answer is: {answer}") for answer in free.answers_of(question)}
+        differ = next(n for n, column in enumerate(zip(*behind.values(), strict=False)) if len(set(column)) > 1)
+        named = {answer: float(scores[rest[differ]]) for answer, rest in behind.items()}
+        assert line["prediction"] == max(named, key=lambda answer: named[answer])
+        assert line["logprobs"][place] == pytest.approx(named[line["prediction"]], abs=1e-3)
+
+    def refuse(*_: Any) -> None:
+        raise AssertionError("asked again")
+
+    monkeypatch.setattr(cue, "_next_logprobs", refuse)
+    assert pipeline.evaluate(run, settings=settings)["accuracy"] == found["accuracy"]
 
 
 def test_a_reply_longer_in_our_tokens_keeps_its_end(free_codec: Codec) -> None:

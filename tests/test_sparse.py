@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.nn.attention.flex_attention import BlockMask
 
 from conftest import byte_level, own_traces, save_base, tiny_recipe
 from memreason import pipeline
@@ -26,7 +27,7 @@ from memreason.encode.sparse import visible_since
 from memreason.encode.vocab import add_tokens
 from memreason.exports import export
 from memreason.fast.attention import PACKED, attending
-from memreason.fast.sparse import sparse_masks, takes_masks
+from memreason.fast.sparse import FLEX, sparse_masks, takes_blocks, takes_masks
 from memreason.finetune import trainer
 from memreason.finetune.checkpoint import load_checkpoint
 from memreason.generate.engines import ENGINES, generate
@@ -119,6 +120,25 @@ def test_packed_padded_and_by_hand_are_alike(sparse_codec: Codec, name: str) -> 
     with attending(model, PACKED):
         together = outcome(model(**given, use_cache=False).logits[0], batch["shift_labels"][0])
     torch.testing.assert_close(together, expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", TAKING)
+def test_flex_attention_heeds_the_same_masks(sparse_codec: Codec, name: str) -> None:
+    model = family(name, len(sparse_codec.tokenizer)).eval()
+    rows = [encode_trace(sparse_codec, trace) for trace in own_traces(3)]
+    padded = collate(rows, 0, sparse_codec.parting)
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        if name == "gpt2":  # reads the mask itself
+            assert not takes_blocks(model)
+            return
+        assert takes_blocks(model)
+        with attending(model, FLEX):
+            masks = sparse_masks(model, padded["since"], padded["attention_mask"])
+            logits = model(input_ids=padded["input_ids"], attention_mask=masks, use_cache=False).logits
+        expected = torch.cat([plain_logits(model, row["input_ids"], sparse_codec.parting) for row in rows])
+    kinds = {type(mask) for mask in (masks.values() if isinstance(masks, dict) else [masks])}
+    assert kinds == {BlockMask}
+    torch.testing.assert_close(logits[padded["attention_mask"].bool()], expected, atol=2e-5, rtol=1e-4)
 
 
 def test_losses_are_alike_packed_in_pieces_and_padded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

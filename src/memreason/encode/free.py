@@ -17,7 +17,7 @@ from memreason.encode.lines import Line, read_lines
 if TYPE_CHECKING:
     from memreason.encode.codec import Codec
 
-__all__ = ["PHRASE", "is_over", "parse_free"]
+__all__ = ["PHRASE", "answers_of", "is_over", "parse_free", "reply_end", "says_answer"]
 
 PHRASE = re.compile(  # the first half is measure/reading.py's
     r"\bthe\s+(?:(?:final|correct|right|best)\s+)?answer\s+is\b\s*[*_]*\s*[:：]?|^\W*(?:final\s+)?answer\W*[:：]",
@@ -36,17 +36,45 @@ def is_over(codec: Codec, ids: Sequence[int]) -> bool:
     return bool(lead) and f"\n{lead}" in codec.decode(ids[-TAIL:])
 
 
-def parse_free(codec: Codec, question: Question, ids: Sequence[int]) -> Trace:
-    """Lines before the answer are steps without kinds (unless the scheme's words name some)."""
-    faults: list[str] = []
+def _own_lines(codec: Codec, ids: Sequence[int], faults: list[str]) -> tuple[list[Line], int]:
+    """The lines of a reply up to its end or to a question of its own, and where that is."""
     stops = {codec.eos_id, *codec.turn_ends}
     end = next((place for place, token in enumerate(ids) if token in stops), len(ids))
     lines = read_lines(codec, ids[:end], faults)
     lead = codec.scheme.question_lead
-    own = next((n for n, line in enumerate(lines) if lead and line.text.startswith(lead)), len(lines))
-    if end == len(ids) and own == len(lines):
+    for number, line in enumerate(lines):
+        if lead and line.text.startswith(lead):
+            return lines[:number], line.span[0]
+    return lines, end
+
+
+def reply_end(codec: Codec, ids: Sequence[int]) -> int:
+    """Where a reply has ended: before EOS, before its turn's end, or before a question of its own."""
+    return _own_lines(codec, ids, [])[1]
+
+
+def answers_of(question: Question) -> Sequence[str]:
+    """The answers that a question has, if they are a list: its choices' letters, or True and False."""
+    if question.choices:
+        return LETTERS[: len(question.choices)]
+    return ("True", "False") if question.answer in ("True", "False") else ()
+
+
+def says_answer(question: Question, prediction: str | None) -> bool:
+    """Whether a prediction names one of the question's answers (any text does where there is no list)."""
+    if not prediction or not answers_of(question):
+        return bool(prediction)
+    said = FIRST_WORD.match(prediction) if not question.choices else None
+    return bool(said or _alone(question, prediction))
+
+
+def parse_free(codec: Codec, question: Question, ids: Sequence[int]) -> Trace:
+    """Lines before the answer are steps without kinds (unless the scheme's words name some)."""
+    faults: list[str] = []
+    lines, end = _own_lines(codec, ids, faults)
+    if end == len(ids):
         faults.append("no end of sequence")
-    steps, prediction = _announced(lines[:own]) or _bare(question, lines[:own])
+    steps, prediction = _announced(lines) or _bare(question, lines)
     prediction = _alone(question, prediction) or prediction  # "Kenya (B)" is B
     if not prediction:
         faults.append("no answer line")

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface
 
-__all__ = ["PACKED", "attending", "may_pack", "packed_attention", "packs"]
+__all__ = ["PACKED", "attending", "drops_attention", "may_pack", "packed_attention", "packs"]
 
 PACKED = "memreason_packed"
 BLOCK = 192
@@ -136,8 +136,12 @@ def may_pack(model: Any) -> bool:
     """Whether nothing in a model's configuration speaks against packing."""
     config = model.config
     windows = [value for name in ("sliding_window", "attention_chunk_size") if (value := getattr(config, name, None))]
-    dropped = any(getattr(config, name, 0.0) for name in ("attention_dropout", "attn_pdrop"))
-    return bool(getattr(model, "_supports_attention_backend", False)) and not windows and not dropped
+    return bool(getattr(model, "_supports_attention_backend", False)) and not windows and not drops_attention(model)
+
+
+def drops_attention(model: Any) -> bool:
+    """Whether dropout of attention is part of a model's training."""
+    return any(getattr(model.config, name, 0.0) for name in ("attention_dropout", "attn_pdrop"))
 
 
 def packs(model: Any) -> bool:

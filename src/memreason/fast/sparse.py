@@ -1,7 +1,7 @@
 """Sparse attention as 4-D masks, for padded batches of any model whose masks are Transformers' own.
 
 One mask for each type of layer: sliding windows stay what they are. With FlexAttention the same call makes its block
-masks.
+masks, so that nothing is computed where a whole block is hidden.
 """
 
 from __future__ import annotations
@@ -12,7 +12,11 @@ import torch
 from torch import Tensor
 from transformers.masking_utils import create_masks_for_generate
 
-__all__ = ["UNMASKED", "sparse_masks", "takes_masks"]
+from memreason.fast.attention import attending, drops_attention
+
+__all__ = ["FLEX", "UNMASKED", "sparse_masks", "takes_blocks", "takes_masks"]
+
+FLEX = "flex_attention"
 
 UNMASKED = "does not let each token be told what it sees. Llama, Mistral, Qwen, Gemma, GPT-2 and most others do"
 
@@ -54,3 +58,14 @@ def takes_masks(model: Any) -> bool:
         model.train(training)
     near = 0.05 * plain.norm()
     return bool((open_ - plain).norm() < near and (parted[0] - parted[1]).norm() < near / 10)
+
+
+def takes_blocks(model: Any) -> bool:
+    """Whether FlexAttention's block masks hide the same in a model, tried on it as `takes_masks` tries its own."""
+    if not getattr(model, "_supports_flex_attn", False) or drops_attention(model):
+        return False
+    try:
+        with attending(model, FLEX):
+            return takes_masks(model)
+    except AttributeError:  # GPT-2 says that it supports them, then asks for the mask's dimensions
+        return False

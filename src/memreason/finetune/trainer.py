@@ -25,7 +25,7 @@ from memreason.encode.pieces import IGNORED
 from memreason.fast.attention import PACKED, attending, packs
 from memreason.fast.compiling import compile_layers, compiling, pays
 from memreason.fast.loss import chunked_loss, head_of, headless, takes_hidden_states
-from memreason.fast.sparse import UNMASKED, sparse_masks, takes_masks
+from memreason.fast.sparse import FLEX, UNMASKED, sparse_masks, takes_blocks, takes_masks
 from memreason.finetune.checkpoint import checkpoints_in, save_checkpoint
 from memreason.finetune.methods import network_of
 from memreason.finetune.sharded import ShardedTrainer, check_shardable, is_sharded, trained_weights, unsharded
@@ -52,6 +52,8 @@ class TraceTrainer(ShardedTrainer):
         self.packed = on_cpu and not (learnt is not None and learnt.is_prompt_learning) and packs(network)
         if codec.parting and not (self.packed or takes_masks(network)):
             raise ModelError(f"tokens.sparse_attention: {network.config.model_type} {UNMASKED}")
+        # The CPU has no backward pass of it.
+        self.flex = bool(codec.parting) and self.args.device.type == "cuda" and takes_blocks(network)
         if self.is_fsdp_enabled:
             check_shardable(self.accelerator.state.fsdp_plugin, arguments["model"])
         sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled  # a head's matrix is whole inside the model alone
@@ -82,10 +84,11 @@ class TraceTrainer(ShardedTrainer):
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
         """One pass forth and back for each piece of `train.pass_tokens`; gradients are exchanged with the last."""
-        if not self.packed:
-            return super().training_step(model, inputs, num_items_in_batch)
-        *pieces, last = split_packed(inputs, self.recipe.train.pass_tokens)
         network = network_of(self.accelerator.unwrap_model(model))
+        if not self.packed:
+            with attending(network, FLEX) if self.flex else nullcontext():
+                return super().training_step(model, inputs, num_items_in_batch)
+        *pieces, last = split_packed(inputs, self.recipe.train.pass_tokens)
         with attending(network, PACKED), compiling(self.layers):
             with self.accelerator.no_sync(model) if pieces else nullcontext():
                 losses = [super(TraceTrainer, self).training_step(model, part, num_items_in_batch) for part in pieces]
