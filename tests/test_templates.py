@@ -112,6 +112,13 @@ def test_the_day_never_changes(day: str) -> None:
     assert scheme.question_template.startswith("26 Jul 2024" + START)
 
 
+def test_nothing_is_thought_in_front_of_the_lines() -> None:
+    told = "enable_thinking is defined and not enable_thinking"
+    thinks = f"{{% if {told} %}}{{{{ '<think>\\n\\n</think>\\n\\n' }}}}{{% endif %}}"
+    scheme = in_chat(TokenScheme(), chatty(template=CHATML + thinks), "base")
+    assert scheme.question_template.endswith("assistant\n<think>\n\n</think>\n\n")
+
+
 @pytest.mark.parametrize(
     ("template", "says"),
     [

@@ -46,6 +46,7 @@ def in_chat(scheme: TokenScheme, tokenizer: PreTrainedTokenizerBase, base: str) 
         )
     turns = [{"role": "user", "content": ASKED}, {"role": "assistant", "content": ANSWERED}]
     settings: Any = {"add_generation_prompt": True, "tokenize": False, "date_string": DAY.strftime("%d %b %Y")}
+    settings["enable_thinking"] = False  # the lines of a trace are the thoughts: Qwen3 would write its own before them
     try:
         template: str = tokenizer.get_chat_template()
         texts = [
