@@ -22,7 +22,7 @@ from memreason.encode.scheme import TokenScheme
 from memreason.encode.vocab import add_tokens
 from memreason.exports import export
 from memreason.finetune.checkpoint import load_checkpoint, open_checkpoint
-from memreason.generate import cue
+from memreason.generate import likeliest
 from memreason.generate.engines import generate
 from memreason.measure import reading
 from memreason.measure.score import score_trace
@@ -185,9 +185,9 @@ def test_of_a_reply_without_an_answer_the_likeliest_is_taken(
     found = pipeline.evaluate(run, settings=settings)
     lines = [line for _, line in read_jsonl(Path(found["folder"]) / "samples.jsonl")]
     assert len(lines) == 12 and found["no_answer"] == 0
-    cued = [line for line in lines if line["meta"].get("cued")]
-    assert len(cued) > 8  # random rows say nothing
-    for line in cued:
+    named = [line for line in lines if None in line["logprobs"]]
+    assert len(named) > 8  # random rows say nothing
+    for line in named:
         question = Trace.from_json(line).question
         text = codec.decode(line["ids"])
         reply, _, said = text.rpartition("The answer is:")
@@ -200,14 +200,14 @@ def test_of_a_reply_without_an_answer_the_likeliest_is_taken(
             scores = model(torch.tensor([ids])).logits[0, -1].log_softmax(dim=-1)
         behind = {answer: codec.encode(f"The answer is: {answer}") for answer in free.answers_of(question)}
         differ = next(n for n, column in enumerate(zip(*behind.values(), strict=False)) if len(set(column)) > 1)
-        named = {answer: float(scores[rest[differ]]) for answer, rest in behind.items()}
-        assert line["prediction"] == max(named, key=lambda answer: named[answer])
-        assert line["logprobs"][place] == pytest.approx(named[line["prediction"]], abs=1e-3)
+        likely = {answer: float(scores[rest[differ]]) for answer, rest in behind.items()}
+        assert line["prediction"] == max(likely, key=lambda answer: likely[answer])
+        assert line["logprobs"][place] == pytest.approx(likely[line["prediction"]], abs=1e-3)
 
     def refuse(*_: Any) -> None:
         raise AssertionError("asked again")
 
-    monkeypatch.setattr(cue, "_next_logprobs", refuse)
+    monkeypatch.setattr(likeliest, "_next_logprobs", refuse)
     assert pipeline.evaluate(run, settings=settings)["accuracy"] == found["accuracy"]
 
 

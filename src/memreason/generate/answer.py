@@ -17,7 +17,6 @@ from memreason.core.files import append_jsonl, read_jsonl, write_jsonl
 from memreason.core.stages import EvalRecipe
 from memreason.core.trace import Question, Trace
 from memreason.encode.codec import Codec
-from memreason.generate.cue import CUED, cued
 from memreason.generate.engines import generate
 from memreason.generate.rows import Engine, Generation, Retrieved
 
@@ -39,7 +38,7 @@ def answer_questions(
     """Generate a trace for each question, shared out over processes, each question answered once.
 
     `engine` takes the place of the one that the settings name. With a folder, every batch is appended to its samples
-    and a second call goes on where the first stopped. Free replies that name no answer get the likeliest one (cue.py).
+    and a second call goes on where the first stopped.
     """
     state = PartialState()
     done = read_samples(folder) if folder else []
@@ -53,22 +52,13 @@ def answer_questions(
     training = model.training
     model.eval()
     left = sum((question.id, n) not in skip for question in mine for n in range(settings.n_samples))
-
-    def keep(batch: Sequence[Generation]) -> list[Sample]:
-        lines = [_sample(codec, generation) for generation in batch]
-        if folder is not None:
-            append_jsonl(folder / own, lines)
-        fresh.extend(lines)
-        return lines
-
     with tqdm(total=left, desc=label, unit="q", disable=not state.is_main_process) as bar:
         for batch in generate(model, codec, mine, settings, skip=skip, engine=engine):
-            bar.update(len(keep(batch)))
-    asked = {question.id: question for question in mine}
-    replies = _in_order([line for line in done + fresh if line["id"] in asked], mine)
-    if settings.engine == "local":  # other engines do not say how likely an answer of ours is
-        for batch in cued(model, codec, replies, asked):
-            keep(batch)
+            lines = [_sample(codec, generation) for generation in batch]
+            if folder is not None:
+                append_jsonl(folder / own, lines)
+            fresh += lines
+            bar.update(len(lines))
     model.train(training)
     lines = _in_order(done + (gather_object(fresh) if state.num_processes > 1 else fresh), questions)
     if folder is not None and state.is_main_process:
@@ -88,10 +78,8 @@ def _key(line: Sample) -> tuple[str, int]:
 
 
 def _in_order(lines: list[Sample], questions: Sequence[Question]) -> list[Sample]:
-    """Each once: with an answer taken by likelihood, if there is one."""
     order = {question.id: number for number, question in enumerate(questions)}
-    latest = sorted(lines, key=lambda line: CUED in line["meta"])
-    once = {_key(line): line for line in latest if line["id"] in order}
+    once = {_key(line): line for line in lines if line["id"] in order}
     return [once[key] for key in sorted(once, key=lambda key: (order[key[0]], key[1]))]
 
 

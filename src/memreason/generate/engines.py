@@ -16,7 +16,7 @@ from memreason.core.errors import EngineError
 from memreason.core.stages import EvalRecipe
 from memreason.core.trace import Question
 from memreason.encode.codec import Codec
-from memreason.generate.engine import decode
+from memreason.generate.likeliest import decode_and_name
 from memreason.generate.on_ray import on_ray
 from memreason.generate.rows import Engine, Generation, Row, start
 
@@ -43,7 +43,7 @@ def _elsewhere(room: str) -> Engine:
 
 
 ENGINES: dict[str, Engine] = {
-    "local": decode,
+    "local": decode_and_name,
     "openai": _elsewhere("server"),
     "chat": _elsewhere("server"),
     "vllm": _elsewhere("vllm"),
