@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # SHARED is a folder with the published files: data/labelled and data/outputs.
 SHARED ?= ../shared
 
-.PHONY: setup check test demo published bench soak clean
+.PHONY: setup check test cover demo published bench soak clean
 
 setup: $(VENV)/.ready
 
@@ -21,6 +21,9 @@ check: setup
 	$(BIN)/mypy
 
 test: setup
+	$(BIN)/pytest -n 2
+
+cover: setup
 	$(BIN)/pytest -n 2 --cov=memreason --cov-report=term
 
 demo: setup
