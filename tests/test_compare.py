@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from memreason.core.trace import Question, Step, Trace
 from memreason.data.atlas import make_atlas
 from memreason.measure.arms import arm_faults, arm_table
 from memreason.measure.score import Score, score_trace
-from memreason.measure.stats import cluster_bootstrap, crossed_bootstrap, holm
+from memreason.measure.stats import cluster_bootstrap, crossed_bootstrap, holm, mcnemar_exact, sign_flip
 from memreason.report.comparison import comparison_page
 
 
@@ -78,10 +79,29 @@ def test_a_question_counts_once_in_mcnemars_test_however_many_seeds_answered_it(
     theirs = [answered([False] * 10)]
     table = arm_table({"ours": ours, "theirs": theirs}, "theirs")
     row = table["arms"][0]["difference"]
-    assert (row["only_here"], row["only_there"], row["p"]) == (8, 0, pytest.approx(2 / 2**8))
+    assert (row["more_here"], row["more_there"], row["p"]) == (8, 0, pytest.approx(2 / 2**8))
     assert table["arms"][0]["accuracy"] == pytest.approx(16 / 30) and table["arms"][0]["by_seed"] == [0.8, 0.8, 0.0]
     assert row["interval"][0] <= row["value"] <= row["interval"][1] and row["detectable"] > 0
     assert "difference" not in table["arms"][1]
+
+
+def test_with_one_seed_the_test_is_mcnemars_and_otherwise_every_sign_is_tried() -> None:
+    random = np.random.default_rng(3)
+    for _ in range(20):
+        one, other = random.random((2, 30)) < random.random((2, 1))
+        expected = mcnemar_exact(one.tolist(), other.tolist())
+        assert sign_flip((one.astype(int) - other).tolist()) == pytest.approx(expected)
+    sizes = [3, -1, 2, 2, 0, -3, 1]
+    sums = [sum(s * size for s, size in zip(signs, sizes, strict=True)) for signs in product((-1, 1), repeat=7)]
+    assert sign_flip(sizes) == pytest.approx(np.mean(np.abs(sums) >= 4)) and sign_flip([]) == 1.0
+
+
+def test_an_arm_whose_seeds_agree_is_not_favoured() -> None:
+    """Both are right on half of all pairs; the questions on which both seeds are right are twice as many of one."""
+    right = np.random.default_rng(4).random((2, 200)) < 0.5
+    alike, apart = [answered(right[0].tolist())] * 2, [answered(seed.tolist()) for seed in right]
+    row = arm_table({"alike": alike, "apart": apart}, "apart")["arms"][0]
+    assert row["difference"]["p"] > 0.2 and abs(row["difference"]["value"]) < 0.05
 
 
 def test_questions_of_one_entity_are_drawn_together() -> None:

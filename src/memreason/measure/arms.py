@@ -13,12 +13,14 @@ from collections.abc import Mapping, Sequence
 from statistics import NormalDist, fmean
 from typing import Any
 
+import numpy as np
+
 from memreason.core.errors import DataError
 from memreason.core.trace import Trace
 from memreason.measure.attribute import VERDICTS, attribute, can_check
 from memreason.measure.kinds import by_words
 from memreason.measure.score import Score, chance, majority
-from memreason.measure.stats import crossed_bootstrap, holm, mcnemar_exact
+from memreason.measure.stats import crossed_bootstrap, holm, mcnemar_exact, sign_flip
 
 __all__ = ["POWER", "arm_faults", "arm_table"]
 
@@ -31,7 +33,10 @@ DETECTED = NormalDist().inv_cdf(0.975) + NormalDist().inv_cdf(POWER)
 
 def arm_table(arms: Mapping[str, Sequence[Answered]], against: str) -> dict[str, Any]:
     """Of each arm (name -> answers, seed by seed) accuracy with its interval and, from `against`, the difference with
-    a paired interval, the exact McNemar test, and the smallest difference that would have been seen.
+    a paired interval, an exact test, and the smallest difference that would have been seen.
+
+    The test is McNemar's, carried over to several seeds: each question counts once, by how much more often one arm is
+    right on it. (A majority of seeds would favour whichever arm's seeds agree more.)
 
     Raises DataError where two arms answered other questions.
     """
@@ -74,21 +79,16 @@ def _row(name: str, seeds: Sequence[Answered], right: Right, groups: Groups) -> 
 
 def _difference(ours: Right, theirs: Right, groups: Groups) -> dict[str, Any]:
     value, low, high, spread = crossed_bootstrap(ours, groups, theirs)
-    one, other = _mostly(ours), _mostly(theirs)
+    more = (np.sum(ours, axis=0) * len(theirs) - np.sum(theirs, axis=0) * len(ours)).tolist()
     return {
         "value": value,
         "interval": [low, high],
         "detectable": DETECTED * spread,
-        "p": mcnemar_exact(one, other),
-        "only_here": sum(a and not b for a, b in zip(one, other, strict=True)),
-        "only_there": sum(b and not a for a, b in zip(one, other, strict=True)),
+        "p": sign_flip(more),
+        "more_here": sum(one > 0 for one in more),
+        "more_there": sum(one < 0 for one in more),
         "p_by_seed": [mcnemar_exact(a, b) for a, b in zip(ours, theirs, strict=False)],
     }
-
-
-def _mostly(right: Right) -> list[bool]:
-    """Whether a question is answered rightly on more than half of the seeds: McNemar's test wants a pair once."""
-    return [2 * sum(seeds) > len(seeds) for seeds in zip(*right, strict=True)]
 
 
 def arm_faults(seeds: Sequence[Answered]) -> dict[str, Any] | None:

@@ -21,6 +21,7 @@ __all__ = [
     "kappa_bootstrap",
     "mcnemar_exact",
     "paired_bootstrap",
+    "sign_flip",
     "summarise",
     "wilson",
 ]
@@ -60,6 +61,18 @@ def mcnemar_exact(a: Sequence[bool], b: Sequence[bool]) -> float:
     n, k = only_a + only_b, min(only_a, only_b)
     tail = sum(math.comb(n, i) for i in range(k + 1))
     return min(1.0, (2 * tail) / (1 << n))
+
+
+def sign_flip(differences: Sequence[int]) -> float:
+    """Two-sided exact p that paired differences are centred on 0: the share of all ways to give them signs whose sum is
+    as far from 0 (Fisher 1935, The Design of Experiments, section 21). Of -1, 0 and 1 it is McNemar's exact test.
+    """
+    sizes = [abs(difference) for difference in differences if difference]
+    reach, shares = sum(sizes), np.ones(1)  # of the sums -reach ... reach, two apart
+    for size in sizes:
+        shares = 0.5 * (np.pad(shares, (0, size)) + np.pad(shares, (size, 0)))
+    far = abs(np.arange(len(shares)) * 2 - reach) >= abs(sum(differences))
+    return min(1.0, float(shares[far].sum()))
 
 
 def cluster_bootstrap(
