@@ -3,6 +3,7 @@ their size on a phone; colours come from classes, so that they follow light and 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -154,23 +155,30 @@ def retrieval(points: Sequence[Mapping[str, Any]]) -> Markup:
 
 
 def scatter(points: Sequence[Mapping[str, Any]], marks: Mapping[str, float]) -> Markup:
-    """Accuracy (0 to 1) with its interval against tokens per answer; a number at each point, which a table explains."""
+    """Accuracy with its interval against tokens per answer, as far up and down as these reach; a number at each point,
+    which a table explains."""
     last = max(one["tokens"] for one in points) * 1.05 or 1.0
+    seen: list[float] = [*marks.values(), *(end for one in points for end in one["interval"])]
+    low, high = math.floor(10 * min(seen)) / 10, max(math.ceil(10 * max(seen)) / 10, 0.1)
+
+    def up(accuracy: float) -> float:
+        return (accuracy - low) / (high - low)
+
     parts = []
     for name, value in marks.items():
-        y = HEIGHT * (1 - value)
+        y = HEIGHT * (1 - up(value))
         told = _tag("title", f"{name} {value:.3f}")
         parts.append(_tag("line", told, class_=f"mark {name}", x1=0, x2="100%", y1=y, y2=y))
     for place, one in enumerate(points, 1):
-        x, y = one["tokens"] / last, HEIGHT * (1 - one["accuracy"])
+        x, y = one["tokens"] / last, HEIGHT * (1 - up(one["accuracy"]))
         title = f"{one['arm']}: accuracy {one['accuracy']:.3f}, {one['tokens']:.1f} tokens per answer"
-        parts.append(_whisker(x, one["interval"]))
+        parts.append(_whisker(x, [up(end) for end in one["interval"]]))
         parts.append(_tag("circle", _tag("title", title), class_="dot", cx=_percent(x), cy=f"{y:.1f}", r=8))
         parts.append(_tag("text", str(place), class_="numbered", x=_percent(x), y=f"{y + 4:.1f}"))
     across = [(share, f"{last * share:.0f}") for share in (0.0, 0.5, 1.0)]
-    up = [(share, f"{share:.1f}") for share in (0.0, 0.5, 1.0)]
+    ticks = [(share, f"{low + (high - low) * share:.2f}") for share in (0.0, 0.5, 1.0)]
     every = "accuracy against tokens per answer: " + "; ".join(f"{p['arm']} {p['accuracy']:.3f}" for p in points)
-    return _picture(every, HEIGHT + 22, *_axes(across, up), *parts, style="plot")
+    return _picture(every, HEIGHT + 22, *_axes(across, ticks), *parts, style="plot")
 
 
 def heat(names: Sequence[str], rows: Sequence[Sequence[float | None]]) -> Markup:
