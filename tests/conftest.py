@@ -13,6 +13,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
+import hatchery
 from memreason import pipeline
 from memreason.core.files import read_json, write_traces
 from memreason.core.recipe import Recipe, load_recipe
@@ -20,6 +21,7 @@ from memreason.core.trace import Question, Step, Trace
 from memreason.encode.codec import Codec
 from memreason.encode.scheme import TokenScheme
 from memreason.encode.vocab import add_tokens
+from memreason.publish import gate
 
 torch.set_num_threads(1)  # tiny models on parallel workers: more threads only wait for one another
 
@@ -210,6 +212,14 @@ def tiny_recipe(folder: Path, base: Path, **changes: Any) -> Recipe:
         "eval.max_new_tokens": 8,
     }
     return load_recipe(None, {**settings, **changes})
+
+
+@pytest.fixture(scope="module")
+def hatched() -> Iterator[None]:
+    """The gate's fresh processes come from the hatchery."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gate, "subprocess", hatchery)
+        yield
 
 
 @pytest.fixture(scope="session")

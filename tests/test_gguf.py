@@ -23,6 +23,7 @@ from memreason.publish import gguf as room
 from memreason.publish.chat import chat_template
 from memreason.publish.gguf import check_file, export_gguf
 
+pytestmark = pytest.mark.usefixtures("hatched")
 QUESTIONS = [trace.question for trace in own_traces(3)]
 CONVERTER = """
 import json, sys

@@ -10,7 +10,7 @@ from rich.text import Text
 
 from memreason.core.trace import LETTERS, Trace
 
-__all__ = ["COLOURS", "console", "figures", "note", "print_trace"]
+__all__ = ["COLOURS", "console", "duration", "figures", "note", "print_trace"]
 
 COLOURS = {"memory": "cyan", "reason": "yellow"}
 console = Console(highlight=False, quiet=os.environ.get("RANK", "0") != "0")  # of several processes one speaks
@@ -19,6 +19,12 @@ console = Console(highlight=False, quiet=os.environ.get("RANK", "0") != "0")  # 
 def note(text: str) -> None:
     """One dim line about something that was left out or decided."""
     console.print(Text("note: ", style="dim").append(text))
+
+
+def duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
 def figures(title: str, rows: Sequence[tuple[str, str]]) -> None:

@@ -8,8 +8,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from memreason.report.console import console, figures, note
-from memreason.report.labelling import duration
+from memreason.report.console import console, duration, figures, note
 
 __all__ = ["print_estimate"]
 

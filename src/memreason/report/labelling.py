@@ -5,19 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from memreason.label.batch import BatchReport
-from memreason.report.console import figures
+from memreason.report.console import duration, figures
 
-__all__ = ["duration", "print_batch", "print_estimate", "print_labels"]
+__all__ = ["print_batch", "print_estimate", "print_labels"]
 
 
 def _dollars(value: float | None) -> str:
     return "unknown: name the model in a price table (--prices FILE)" if value is None else f"${value:,.2f}"
-
-
-def duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
 def _share(count: int, total: int) -> str:
