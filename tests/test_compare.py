@@ -215,6 +215,18 @@ def test_mistakes_of_all_arms_come_at_once(tmp_path: Path) -> None:
         load_comparison("nothing")
 
 
+def test_some_arms_alone() -> None:
+    """They keep folders and order; one that there is not, or without the one to compare with, is refused."""
+    some = {"only": ["pause blocks", "chain of thought"], "seeds": [1]}
+    all_arms = {job.arm: job for job in jobs_of(load_comparison("atlas-arms", {"seeds": [1]}))}
+    found = jobs_of(load_comparison("atlas-arms", some))
+    assert found == [all_arms["chain of thought"], all_arms["pause blocks"]]
+    with pytest.raises(RecipeError, match=r"1 problem\n.*only: there is no arm 'pause'"):
+        load_comparison("atlas-arms", {"only": ["pause"]})
+    with pytest.raises(RecipeError, match=r"against: there is no arm 'chain of thought'. There are: pause blocks"):
+        load_comparison("atlas-arms", {"only": ["pause blocks"]})
+
+
 @pytest.mark.parametrize("name", shipped("compare"))
 def test_every_shipped_comparison_has_arms_that_can_be_planned(name: str) -> None:
     asked = load_comparison(name)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -33,6 +33,7 @@ class Comparison(Stage):
     same: Literal["steps", "tokens"] = Field("steps", description="what every trained arm gets as much of")
     against: str = Field("", description="arm that the others are compared with (empty: the first)")
     arms: dict[str, Fields] = Field(min_length=2, description="what each arm changes")
+    only: list[str] = Field([], description="take these arms alone (empty: all)")
     output_dir: str | None = Field(None, description="folder (None: runs/NAME)")
 
     @property
@@ -48,9 +49,13 @@ class Comparison(Stage):
             if stage not in STAGES
             for where in (f"{name}.{stage}",)
         ]
+        if unknown := [f"only: {_no_arm(name, self.arms)}" for name in self.only if name not in self.arms]:
+            problems += unknown
+        elif self.only:
+            self.arms = {name: fields for name, fields in self.arms.items() if name in self.only}
         self.against = self.against or next(iter(self.arms))
         if self.against not in self.arms:
-            problems.append(f"against: there is no arm {self.against!r}. There are: {', '.join(self.arms)}")
+            problems.append(f"against: {_no_arm(self.against, self.arms)}")
         if len(set(self.seeds)) < len(self.seeds):
             problems.append(f"seeds: each once, got {self.seeds}")
         if problems:
@@ -108,6 +113,10 @@ def jobs_of(comparison: Comparison, known: Mapping[str, Fields] | None = None) -
     if problems:
         raise RecipeError(list(dict.fromkeys(problems)), comparison.name)
     return jobs
+
+
+def _no_arm(name: str, arms: Iterable[str]) -> str:
+    return f"there is no arm {name!r}. There are: {', '.join(arms)}"
 
 
 def _dotted(fields: Fields) -> Iterator[tuple[str, Any]]:
