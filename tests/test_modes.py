@@ -100,6 +100,21 @@ def test_dtypes(tmp_path: Path, dtype: str, method: str) -> None:
     assert curve[-1] < curve[0] - 0.5
 
 
+@pytest.mark.parametrize("given", [{}, {"train.warmup_steps": 5}, {"train.max_steps": 2}])
+def test_a_warm_up_that_never_ends_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, given: dict[str, Any]
+) -> None:
+    """24 traces make 6 steps of 4. Who asks for two steps is not told."""
+    asked = {"train.max_steps": -1, "train.warmup_steps": 10, **given}
+    with caplog.at_level(logging.WARNING, "memreason"):
+        assert len(losses(tiny_recipe(tmp_path, save_base(tmp_path / "base"), **asked))) == given.get(
+            "train.max_steps", 6
+        )
+    said = [record.message for record in caplog.records if record.name == "memreason"]
+    never = "train.warmup_steps is 10, but there are 6 steps: the learning rate never reaches 0.01"
+    assert said == ([] if given else [never])
+
+
 def test_fp16_says_what_a_cpu_does_instead(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     base = save_base(tmp_path / "base")
     with caplog.at_level(logging.WARNING, "memreason"):

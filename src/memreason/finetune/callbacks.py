@@ -1,7 +1,8 @@
-"""What goes on beside the steps: stopping cleanly, and the bar."""
+"""What goes on beside the steps: a word on a warm-up that never ends, stopping cleanly, and the bar."""
 
 from __future__ import annotations
 
+import logging
 import signal
 import threading
 from collections.abc import Iterator
@@ -13,7 +14,19 @@ from accelerate.utils import gather_object
 from transformers import TrainerCallback
 from transformers.trainer_callback import ProgressCallback
 
-__all__ = ["Bar", "StopCleanly"]
+__all__ = ["Bar", "StopCleanly", "Warmup"]
+
+log = logging.getLogger("memreason")
+
+
+class Warmup(TrainerCallback):  # type: ignore[misc]
+    """Says when the epochs end before the warm-up does. A `max_steps` is given on purpose."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        warmup, steps = args.get_warmup_steps(state.max_steps), state.max_steps
+        if args.max_steps <= 0 and warmup >= steps and state.is_world_process_zero:
+            rate = f"the learning rate never reaches {args.learning_rate:g}"
+            log.warning("train.warmup_steps is %d, but there are %d steps: %s", warmup, steps, rate)
 
 
 class StopCleanly(TrainerCallback):  # type: ignore[misc]

@@ -20,7 +20,7 @@ from memreason.encode.base import pick_dtype
 from memreason.encode.codec import Codec
 from memreason.encode.examples import Example, collate
 from memreason.fast.memory import keep_freed_memory
-from memreason.finetune.callbacks import Bar, StopCleanly
+from memreason.finetune.callbacks import Bar, StopCleanly, Warmup
 from memreason.finetune.checkpoint import checkpoints_in
 from memreason.finetune.processes import check_same_folder, together
 from memreason.finetune.trainer import Evaluate, TraceTrainer, best_step, unanswered
@@ -94,7 +94,7 @@ def train(
         train_dataset=examples,
         eval_dataset=[],
         data_collator=partial(collate, pad_id=int(pad), parting=codec.parting),
-        callbacks=[stop, *callbacks],
+        callbacks=[stop, Warmup(), *callbacks],
     )
     if not arguments.disable_tqdm:
         trainer.remove_callback(ProgressCallback)
