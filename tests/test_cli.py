@@ -13,7 +13,7 @@ from memreason.cli import _parser, _part, main
 from memreason.core.files import read_json, read_traces
 from memreason.core.recipe import load_recipe, shipped
 from memreason.published import is_published, pairs
-from memreason.verbs import VERBS
+from memreason.verbs.table import VERBS
 
 ROOT = Path(memreason.__file__).parents[2]
 README = ROOT / "README.md"

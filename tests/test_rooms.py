@@ -1,4 +1,5 @@
-"""The layer rule: a file imports only from its own folder or from folders earlier in the alphabet."""
+"""The layer rule: a file imports only from its own folder or from folders earlier in the alphabet. The commands come
+last, and they alone import the files beside the folders."""
 
 import ast
 import subprocess
@@ -26,7 +27,8 @@ def test_rooms_import_only_from_earlier_rooms() -> None:
         room = path.relative_to(ROOT).parts[0]
         for module in imports(path):
             parts = module.split(".")
-            if len(parts) < 2 or parts[1] > room or (ROOT / f"{parts[1]}.py").is_file():
+            beside = len(parts) < 2 or (ROOT / f"{parts[1]}.py").is_file()
+            if room != "verbs" if beside else parts[1] > room:
                 broken.append(f"{path.relative_to(ROOT)} imports {module}")
     assert not broken
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from memreason.core.errors import MemreasonError, RecipeError
-from memreason.verbs import GROUPS, VERBS
+from memreason.verbs.table import GROUPS, VERBS
 
 __all__ = ["main"]
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from memreason.core.errors import RecipeError
 from memreason.core.trace import Trace
-from memreason.verbs_label import TEACHER, teacher_fields
+from memreason.verbs.label import TEACHER, teacher_fields
 
 __all__ = ["DATA"]
 

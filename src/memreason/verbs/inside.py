@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from memreason.core.errors import RecipeError
-from memreason.verbs_label import TEACHER, teacher_fields
+from memreason.verbs.label import TEACHER, teacher_fields
 
 __all__ = ["BASE", "INSIDE", "RAY", "RUN", "opened"]
 

@@ -1,22 +1,16 @@
-"""The commands: a function each, and the table of their arguments. Nothing heavy is imported before one runs."""
+"""The commands of a run: train, evaluate, ask, time. All that is heavy is imported late."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from memreason.core.errors import RecipeError
-from memreason.verbs_compare import COMPARE
-from memreason.verbs_data import DATA
-from memreason.verbs_inside import BASE, INSIDE, RAY, RUN, opened
-from memreason.verbs_label import LABEL
-from memreason.verbs_publish import PUBLISH
-from memreason.verbs_scale import SCALE
-from memreason.verbs_steps import STEPS
+from memreason.verbs.inside import BASE, RAY, RUN, opened
 
-__all__ = ["GROUPS", "VERBS", "Verb"]
+__all__ = ["RUNS"]
 
 Overrides = list[tuple[str, Any]]
 
@@ -105,15 +99,6 @@ def _bench(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
     print_bench(results)
 
 
-class Verb(NamedTuple):
-    """A command: its function, one line of help, its arguments, and examples of a recipe's fields if it takes them."""
-
-    function: Callable[[argparse.Namespace, Sequence[str]], None]
-    text: str
-    arguments: dict[str, dict[str, Any]]
-    fields: str = ""
-
-
 TRAIN = {
     "recipe": {"nargs": "?", "help": "recipe file, or a shipped recipe's name"},
     "--data": {"action": "append", "metavar": "FILE[:WEIGHT]", "help": "own trace files; may be repeated"},
@@ -121,12 +106,15 @@ TRAIN = {
     "--dry-run": {"action": "store_true", "help": "show examples and costs, train nothing"},
     "--fresh": {"action": "store_true", "help": "set an earlier run in that folder aside"},
 }
-VERBS = {
-    "run": Verb(
-        _train, "data, training and evaluation of a recipe", TRAIN, "--train.learning_rate 1e-3 --data.n_train 500"
+RUNS: dict[str, tuple[Any, ...]] = {
+    "run": (
+        _train,
+        "data, training and evaluation of a recipe",
+        TRAIN,
+        "--train.learning_rate 1e-3 --data.n_train 500",
     ),
-    "train": Verb(_train, "train a recipe", TRAIN, "--train.learning_rate 1e-3 --data.n_train 500"),
-    "eval": Verb(
+    "train": (_train, "train a recipe", TRAIN, "--train.learning_rate 1e-3 --data.n_train 500"),
+    "eval": (
         _eval,
         "evaluate a run or checkpoint, on its own task or another",
         {
@@ -138,7 +126,7 @@ VERBS = {
         },
         "--eval.n 100 --eval.batch_size 64",
     ),
-    "ask": Verb(
+    "ask": (
         _ask,
         "one coloured trace for one question",
         {
@@ -148,7 +136,7 @@ VERBS = {
             "--base": BASE,
         },
     ),
-    "bench": Verb(
+    "bench": (
         _bench,
         "how fast this machine trains and evaluates, beside the public libraries",
         {
@@ -163,5 +151,3 @@ VERBS = {
         },
     ),
 }
-VERBS |= {name: Verb(*row) for name, row in (INSIDE | COMPARE | LABEL | DATA | PUBLISH | SCALE | STEPS).items()}
-GROUPS = {"data": "questions and traces", "lm-eval": "files of lm-evaluation-harness", "models": "base models"}
