@@ -103,12 +103,12 @@ def test_summary() -> None:
     traces = [
         Trace(TRUTH, steps, "True"),
         Trace(TRUTH, steps[:1], "False"),
-        Trace(LETTER, (), "", faults=("no answer line",)),
+        Trace(LETTER, (), "", faults=("no end of sequence", "no answer line")),
         Trace(LETTER, (), "B"),
     ]
     found = summarise([(trace, score_trace(trace)) for trace in traces])
     assert (found["n"], found["correct"], found["accuracy"]) == (4, 2, 0.5)
-    assert (found["no_answer"], found["well_formed"]) == (0.25, 0.75)
+    assert (found["no_answer"], found["well_formed"], found["cut_off"]) == (0.25, 0.75, 0.25)
     assert found["blocks"] == {"memory": 0.75, "reason": 0.25}
     assert found["interval"] == pytest.approx((0.15004, 0.84996), abs=1e-5)
     assert (found["chance"], found["majority"]) == (pytest.approx(5 / 12), 0.5)

@@ -224,8 +224,8 @@ def _kappa(tables: Any) -> Any:
 
 
 def summarise(scored: Sequence[tuple[Trace, Score]]) -> dict[str, Any]:
-    """Accuracy with its Wilson interval, shares of no_answer and of traces without faults, mean lines per
-    kind, chance and majority class. A line of several kinds counts for each."""
+    """Accuracy with its Wilson interval, shares of no_answer, of traces without faults and of those that
+    did not end, mean lines per kind, chance and majority class. A line of several kinds counts for each."""
     n = len(scored)
     correct = sum(score.verdict == "correct" for _, score in scored)
     questions = [trace.question for trace, _ in scored]
@@ -237,6 +237,7 @@ def summarise(scored: Sequence[tuple[Trace, Score]]) -> dict[str, Any]:
         "interval": wilson(correct, n),
         "no_answer": fmean([score.verdict == "no_answer" for _, score in scored] or [0]),
         "well_formed": fmean([not trace.faults for trace, _ in scored] or [0]),
+        "cut_off": fmean(["no end of sequence" in trace.faults for trace, _ in scored] or [0]),
         "blocks": {kind: count / max(1, n) for kind, count in sorted(kinds.items())},
         "chance": chance(questions),
         "majority": majority(questions),

@@ -28,6 +28,7 @@ def print_results(results: dict[str, Any]) -> None:
             ("chance, majority class", f"{results['chance']:.3f}, {results['majority']:.3f}"),
             ("no answer", f"{results['no_answer']:.3f}"),
             ("well-formed traces", f"{results['well_formed']:.3f}"),
+            *([("cut off at the limit", f"{results['cut_off']:.3f}")] if results["cut_off"] else []),
             ("lines per trace", ", ".join(f"{kind} {count:.2f}" for kind, count in results["blocks"].items())),
             *([("memory retrieved", _retrieved(results))] if "retrieved" in results else []),
             ("tokens per trace", f"{results['tokens_per_trace']:.1f}"),
