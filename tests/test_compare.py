@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -279,12 +280,17 @@ def test_it_is_shown_in_80_columns_and_planned_without_training(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr("memreason.timing.estimate.estimate", lambda recipe: {"seconds": {"total": [60, 90]}})
     asked = comparison(tmp_path, seeds=[0])
     assert main(["compare", str(tmp_path / "comparison.yaml"), "--dry-run"]) == 0
     planned = capsys.readouterr().out
     assert "to do" in planned and "the same as memory & reason, seed 0" in planned
+    assert re.search(r"plain +1 min 0 s to 1 min 30 s here\n +as long for each +2 min 0 s to 3 min 0 s", planned)
     assert not (tmp_path / "out").exists()
     compare(asked, work=in_process)
+    assert main(["compare", str(tmp_path / "comparison.yaml"), "--dry-run"]) == 0
+    done = capsys.readouterr().out
+    assert "runs, 0 to do" in done and "estimated" not in done
     assert main(["compare", str(tmp_path / "comparison.yaml")]) == 0
     shown = capsys.readouterr().out
     assert "memory & reason" in shown and "comparison.html" in shown

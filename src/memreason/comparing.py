@@ -21,7 +21,7 @@ from memreason.core.recipe import Recipe, load_recipe
 from memreason.core.trace import Trace
 from memreason.measure.arms import arm_table
 from memreason.measure.score import Score, score_trace
-from memreason.report.console import figures, note
+from memreason.report.console import duration, figures, note
 
 __all__ = ["Work", "compare", "here", "on_ray", "plan", "print_plan", "run_arm"]
 
@@ -174,7 +174,7 @@ def _there(stand: str, recipe: str) -> str:
 
 
 def print_plan(comparison: Comparison) -> None:
-    """Every arm and seed: whether it is done, and where it lies."""
+    """Every arm and seed: whether it is done, and where it lies; and how long one takes that is not."""
     jobs = plan(comparison)
     rows, seen = list[tuple[str, str]](), dict[str | None, str]()
     for job in jobs:
@@ -182,7 +182,24 @@ def print_plan(comparison: Comparison) -> None:
         first = seen.setdefault(job.recipe.output_dir, name)
         state = "done" if _record(job.recipe).is_file() else "to do"
         rows.append((name, f"the same as {first}" if first != name else f"{state}, {job.recipe.output_dir}"))
-    figures(f"{comparison.name}: {len(seen)} runs", rows)
+    left = {job.recipe.output_dir for job in jobs if not _record(job.recipe).is_file()}
+    figures(f"{comparison.name}: {len(seen)} runs, {len(left)} to do", rows)
+    trained = {job.arm: job.recipe for job in reversed(jobs) if job.recipe.method.name != "prompting"}
+    if left and trained:
+        arm = comparison.against if comparison.against in trained else next(iter(trained))
+        _print_time(arm, trained[arm], len(left))
+
+
+def _print_time(arm: str, recipe: Recipe, left: int) -> None:
+    from memreason.timing.estimate import estimate
+
+    try:
+        low, high = estimate(recipe)["seconds"]["total"]
+    except MemreasonError as error:
+        note(f"how long it takes is unknown: {error}")
+        return
+    total = f"{duration(left * low)} to {duration(left * high)}"
+    figures("time, estimated", [(arm, f"{duration(low)} to {duration(high)} here"), ("as long for each", total)])
 
 
 def run_arm(recipe: Recipe) -> None:
