@@ -55,10 +55,17 @@ def test_splits_are_apart_and_the_same_for_a_seed(train: list) -> None:
     assert not chains["validation"] & chains["test"]
 
 
+def test_as_many_calculations_as_asked() -> None:
+    made = load_splits(DataRecipe(task="sums", n_train=60, hops=[1, 3])).train
+    assert {len(trace.steps) for trace in made} == {1, 3}
+
+
 def test_what_cannot_be_made_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(TaskError, match=r"at least one calculation, got hops \[0\]"):
+        make_sums("train", 3, hops=[0])
     with pytest.raises(TaskError, match="task sums has no split 'dev'"):
         make_sums("dev", 3)
-    monkeypatch.setattr(sums, "_chain", lambda generator: [1, ("+", 1, 2)])
+    monkeypatch.setattr(sums, "_chain", lambda generator, lengths: [1, ("+", 1, 2)])
     monkeypatch.setattr(sums, "SPLITS", {"train": 100})
     monkeypatch.setattr(sums, "NAMES", ("Ada",))
     monkeypatch.setattr(sums, "THINGS", ("eggs",))

@@ -75,7 +75,7 @@ class DataRecipe(Stage):
         1, gt=0, description="tf-idf: steps that a word must stand in (below 1: a share)"
     )
     max_frequency: int | float = Field(1.0, gt=0, description="tf-idf: steps that it may stand in (to 1.0: a share)")
-    hops: list[int] | None = Field(None, description="atlas: how many lines must be combined")
+    hops: list[int] | None = Field(None, description="atlas, sums: how many lines must be combined")
     obscurity: tuple[float, float] | None = Field(None, description="atlas: range of population rank, 0 to 1")
     seed: int = Field(0, description="which questions are drawn")
     k_shot: int = Field(0, ge=0, le=64, description="training traces shown before every question")

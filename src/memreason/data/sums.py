@@ -1,4 +1,4 @@
-"""Arithmetic word problems made by a rule: 2 to 4 steps, each of one of + - * /, annotated as GSM8K's are.
+"""Arithmetic word problems made by a rule: 2 to 4 steps or as asked, each of one of + - * /, annotated as GSM8K's are.
 
 The rule knows the kind of each step, so that what learns step types can be checked. Nothing is downloaded.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,7 @@ THINGS = (
     "tiles",
 )  # fmt: skip
 SPLITS = {"train": 80, "validation": 10, "test": 10}  # per cent of all chains
+HOPS = (2, 3, 4)  # calculations of a question
 MOST = 999  # no number is greater
 PATIENCE = 400  # draws without a new question before a split counts as used up
 
@@ -57,17 +59,20 @@ KINDS = {
 }
 
 
-def make_sums(split: str, n: int, *, seed: int = 0) -> list[Trace]:
-    """`n` different labelled traces of a split: kinds of steps are + - * /, answers are numbers.
+def make_sums(split: str, n: int, *, seed: int = 0, hops: Sequence[int] | None = None) -> list[Trace]:
+    """`n` different labelled traces of a split: kinds of steps are + - * /, answers are numbers. `hops`: of so many
+    calculations each.
 
     No chain of calculations (its numbers and operators) of one split stands in another, under no name and no seed.
-    Raises TaskError for an unknown split, or for more than there are.
+    Raises TaskError for an unknown split, for no calculations, or for more than there are.
     """
     if split not in SPLITS:
         raise TaskError(f"task sums has no split {split!r}. It has: {', '.join(SPLITS)}.")
+    if min(lengths := tuple(hops or HOPS)) < 1:
+        raise TaskError(f"task sums: a question has at least one calculation, got hops {hops}")
     generator, made, misses = random.Random(f"{split}:{seed}"), dict[str, Trace](), 0
     while len(made) < n:
-        chain = _chain(generator)
+        chain = _chain(generator, lengths)
         found = _trace(chain, split, generator)
         misses = misses + 1 if split_of(chain) != split or found.question.id in made else 0
         if misses > PATIENCE:
@@ -87,11 +92,11 @@ def split_of(chain: list[Any]) -> str:
     raise AssertionError(place)
 
 
-def _chain(generator: random.Random) -> list[Any]:
-    """[start, (operator, operand, result), ...], of 2 to 4 calculations with whole, positive numbers."""
+def _chain(generator: random.Random, lengths: Sequence[int]) -> list[Any]:
+    """[start, (operator, operand, result), ...] with whole, positive numbers."""
     start = value = generator.randint(4, 60)
     chain: list[Any] = [start]
-    for _ in range(generator.randint(2, 4)):
+    for _ in range(generator.choice(lengths)):
         operator, operand, value = generator.choice(list(_possible(value, generator)))
         chain.append((operator, operand, value))
     return chain

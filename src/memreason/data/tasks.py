@@ -78,7 +78,7 @@ def _atlas(split: str, n: int, data: DataRecipe) -> list[Trace]:
 # Tasks whose traces are made here: split, how many, recipe -> traces.
 MADE: dict[str, Callable[[str, int, DataRecipe], list[Trace]]] = {
     "atlas": _atlas,
-    "sums": lambda split, n, data: make_sums(split, n, seed=data.seed),
+    "sums": lambda split, n, data: make_sums(split, n, seed=data.seed, hops=data.hops),
 }
 
 
