@@ -43,7 +43,8 @@ def _flow(fields: Mapping[str, Any]) -> str:
 
 def print_comparison(found: Mapping[str, Any]) -> None:
     """A row for each arm, in 80 columns: accuracy, difference with its interval and p, memory faults, tokens."""
-    about = f"{found['task']} / {found['split']}: {found['n']} questions, {len(found['seeds'])} seed{'s' * (len(found['seeds']) > 1)}"
+    seeds = "1 seed" if len(found["seeds"]) == 1 else f"{len(found['seeds'])} seeds"
+    about = f"{found['task']} / {found['split']}: {found['n']} questions, {seeds}"
     floors = f"{found['chance']:.3f}, {found['majority']:.3f}"
     figures(about, [("chance, commonest answer", floors), ("compared with", found["against"])])
     table = Table(box=None, header_style="bold", pad_edge=False)
