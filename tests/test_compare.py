@@ -28,7 +28,7 @@ from memreason.core.trace import Question, Step, Trace
 from memreason.data.atlas import make_atlas
 from memreason.measure.arms import arm_faults, arm_table
 from memreason.measure.score import Score, score_trace
-from memreason.measure.stats import cluster_bootstrap, crossed_bootstrap, holm, mcnemar_exact, sign_flip
+from memreason.measure.stats import cluster_bootstrap, crossed_bootstrap, holm, mcnemar_exact, sign_flip, wilson
 from memreason.report.comparison import comparison_page
 
 
@@ -110,6 +110,14 @@ def test_questions_of_one_entity_are_drawn_together() -> None:
     alone = arm_table({"a": [answered(rights)]}, "a")["arms"][0]["interval"]
     grouped = arm_table({"a": [answered(rights, [str(n // 10) for n in range(40)])]}, "a")["arms"][0]["interval"]
     assert grouped[1] - grouped[0] > 1.5 * (alone[1] - alone[0])
+
+
+def test_an_arm_that_is_never_right_has_an_interval() -> None:
+    """Of 40 questions of 10 entities: Wilson's for 0, or all, of 10."""
+    for always in (False, True):
+        seeds = [answered([always] * 40, [str(n // 4) for n in range(40)])] * 2
+        (row,) = arm_table({"a": seeds}, "a")["arms"]
+        assert row["interval"] == pytest.approx(wilson(10 * always, 10)) and row["accuracy"] == always
 
 
 def test_arms_that_answered_other_questions_are_not_compared() -> None:

@@ -20,7 +20,7 @@ from memreason.core.trace import Trace
 from memreason.measure.attribute import VERDICTS, attribute, can_check
 from memreason.measure.kinds import by_words
 from memreason.measure.score import Score, chance, majority
-from memreason.measure.stats import crossed_bootstrap, holm, mcnemar_exact, sign_flip
+from memreason.measure.stats import crossed_bootstrap, holm, mcnemar_exact, sign_flip, wilson
 
 __all__ = ["POWER", "arm_faults", "arm_table"]
 
@@ -63,6 +63,8 @@ def _right(answered: Answered) -> list[bool]:
 
 def _row(name: str, seeds: Sequence[Answered], right: Right, groups: Groups) -> dict[str, Any]:
     mean, low, high, _ = crossed_bootstrap(right, groups)
+    if mean in (0, 1):  # all draws are alike: no interval, though another question may come out otherwise
+        low, high = wilson(len(set(groups)) * int(mean), len(set(groups)))
     silent = [score.verdict == "no_answer" for answered in seeds for _, score in answered]
     whole = [not trace.faults for answered in seeds for trace, _ in answered]
     return {
