@@ -33,7 +33,7 @@ def _hatch(script: str, given: str, pipe: Connection) -> None:
     with redirect_stdout(out), redirect_stderr(error):
         try:
             runpy.run_path(script, run_name="__main__")
-        except Exception:
+        except BaseException:  # as a process of its own would end with it
             traceback.print_exc()
             code = 1
     pipe.send((code, out.getvalue(), error.getvalue()))

@@ -68,7 +68,7 @@ def compare(comparison: Comparison, *, work: Work | None = None) -> dict[str, An
     """
     jobs = plan(comparison)
     write_text(comparison.folder / "comparison.yaml", comparison.to_yaml())
-    left = {job.recipe.output_dir: job.recipe for job in jobs if not _record(job.recipe).is_file()}
+    left = _left(jobs)
     names = {job.recipe.output_dir: f"{job.arm}, seed {job.seed}" for job in reversed(jobs)}
     failed: dict[str, str] = {}
     for number, (recipe, problem) in enumerate((work or here)(list(left.values())), 1):
@@ -92,6 +92,11 @@ def _said(record: dict[str, Any]) -> str:
 def _record(recipe: Recipe) -> Path:
     """What is kept of an arm that is done, by how it was evaluated."""
     return recipe.folder / f"arm-{settings_hash(recipe.eval.model_dump(mode='json', exclude_defaults=True))}.json"
+
+
+def _left(jobs: Sequence[Job]) -> dict[str | None, Recipe]:
+    """Runs that are not done, by their folders: two jobs of one folder are one run."""
+    return {job.recipe.output_dir: job.recipe for job in jobs if not _record(job.recipe).is_file()}
 
 
 def table_of(comparison: Comparison, jobs: Sequence[Job]) -> dict[str, Any]:
@@ -176,13 +181,13 @@ def _there(stand: str, recipe: str) -> str:
 def print_plan(comparison: Comparison) -> None:
     """Every arm and seed: whether it is done, and where it lies; and how long one takes that is not."""
     jobs = plan(comparison)
+    left = _left(jobs)
     rows, seen = list[tuple[str, str]](), dict[str | None, str]()
     for job in jobs:
         name = f"{job.arm}, seed {job.seed}"
         first = seen.setdefault(job.recipe.output_dir, name)
-        state = "done" if _record(job.recipe).is_file() else "to do"
+        state = "to do" if job.recipe.output_dir in left else "done"
         rows.append((name, f"the same as {first}" if first != name else f"{state}, {job.recipe.output_dir}"))
-    left = {job.recipe.output_dir for job in jobs if not _record(job.recipe).is_file()}
     figures(f"{comparison.name}: {len(seen)} runs, {len(left)} to do", rows)
     trained = {job.arm: job.recipe for job in reversed(jobs) if job.recipe.method.name != "prompting"}
     if left and trained:
