@@ -277,7 +277,8 @@ def test_a_killed_comparison_takes_its_arm_with_it_and_goes_on(tmp_path: Path, w
 def test_the_page_shows_every_arm_and_nothing_in_it_becomes_a_tag(tmp_path: Path) -> None:
     asked = comparison(tmp_path, seeds=[0], arms={"plain": {}, "<script>x</script>": {"tokens": {"add": False}}})
     found = compare(asked, work=in_process)
-    page = comparison_page(found, asked.arms, "memreason compare c --eval.n 6")
+    page = comparison_page(found, asked, "memreason compare c --eval.n 6")
+    assert "n_special: 2" in page, "what all arms change"
     assert "<script" not in page and "&lt;script&gt;x" in page and "memreason compare c --eval.n 6" in page
     assert f"{found['arms'][0]['accuracy']:.3f}" in page and (
         "holds 0" in page or found["arms"][1]["difference"]["value"]

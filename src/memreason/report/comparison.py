@@ -9,6 +9,7 @@ import yaml
 from rich.table import Table
 from rich.text import Text
 
+from memreason.core.comparison import Comparison
 from memreason.report import charts
 from memreason.report.console import console, figures
 from memreason.report.templates import render
@@ -18,14 +19,15 @@ __all__ = ["comparison_page", "print_comparison"]
 FAULTS = ("memory", "reason", "both", "format", "lucky", "right")
 
 
-def comparison_page(found: Mapping[str, Any], arms: Mapping[str, Any], command: str) -> str:
-    """`found` is what `compare` returns, `arms` what each arm changes, `command` what repeats it."""
+def comparison_page(found: Mapping[str, Any], comparison: Comparison, command: str) -> str:
+    """`found` is what `compare` returns of a comparison, `command` what repeats it."""
     points = [{**row, "tokens": row["cost"]["tokens_per_trace"]} for row in found["arms"]]
     ends = [end for row in found["arms"] if "difference" in row for end in row["difference"]["interval"]]
     marks = {name: found[name] for name in ("chance", "majority")}
     values = {
         "found": found,
-        "changes": {name: _flow(fields) for name, fields in arms.items()},
+        "changes": {name: _flow(fields) for name, fields in comparison.arms.items()},
+        "settings": _flow(comparison.settings),
         "points": points,
         "marks": marks,
         "reach": max([0.05, *map(abs, ends)]),

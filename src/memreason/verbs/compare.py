@@ -31,7 +31,7 @@ def _compare(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
     found = comparing.compare(comparison, work=work)
     command = shlex.join(["memreason", "compare", arguments.recipe, *rest])
     page = comparison.folder / "comparison.html"
-    write_text(page, comparison_page(found, comparison.arms, command))
+    write_text(page, comparison_page(found, comparison, command))
     print_comparison(found)
     figures("where it lies", [("page", str(page)), ("figures", str(comparison.folder / "comparison.json"))])
 
@@ -43,13 +43,13 @@ COMPARE: dict[str, tuple[Any, ...]] = {
         {
             "recipe": {"help": "file of a comparison, or a shipped one's name"},
             "--print-recipe": {"action": "store_true", "help": "print the resolved comparison and stop"},
-            "--dry-run": {"action": "store_true", "help": "list what is done and what is to do, train nothing"},
+            "--dry-run": {"action": "store_true", "help": "list what is done, what is to do and how long it takes"},
             "--ray": {
                 "type": int,
                 "metavar": "WORKERS",
                 "help": "so many arms at once on Ray: here, or at RAY_ADDRESS",
             },
         },
-        "--eval.n 100 --data.n_train 500 --seeds [0]",
+        '--eval.n 100 --data.n_train 500 --seeds [0] --only "[chain of thought, memory and reason]"',
     ),
 }
