@@ -174,6 +174,12 @@ def test_ways_are_compared_where_one_thing_failed() -> None:
     assert [done["accuracy"][name]["share"] for name in ("before", "gold", "own", "other")] == [0.2, 0.6, 0.2, 0.0]
     assert done["mended"]["gold"]["share"] == 0.5 and done["mended"]["own"]["share"] == 0.0
     assert [done["changed"][name]["share"] for name in ("gold", "own", "other")] == [0.4, 0.0, 0.2]
+    beyond = done["beyond_chance"]  # 3 of 5 with gold lines and 0 with another's; of the 4 wrong ones 2 and 0
+    assert {name: (one["n"], one["difference"], one["p"]) for name, one in beyond.items()} == {
+        "accuracy": (5, pytest.approx(0.6), 0.25),
+        "mended": (4, 0.5, 0.5),
+    }
+    assert all(low <= one["difference"] <= high for one in beyond.values() for low, high in [one["by_group"]])
     assert compare_ways({"exact": [], "counterfactual": []})[0]["kappa"] is None
 
 

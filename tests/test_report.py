@@ -260,7 +260,9 @@ def test_faults_found_by_other_ways_alone_are_shown(run: Path) -> None:
     data = gather([run])
     (one,) = data["runs"][0]["evaluations"]
     rate = {"share": 0.5, "wilson": [0.4, 0.6], "n": 9}
+    beyond = {"mended": {"n": 9, "difference": 0.25, "by_group": [0.1, 0.4], "p": 0.03125}}
     tried = {"accuracy": {"before": rate, "gold": rate}, "mended": {"gold": rate}, "changed": {"gold": rate}}
+    tried |= {"beyond_chance": beyond}
     pair = {"between": ["counterfactual", "judge"], "agreement": rate, "kappa": {"kappa": 0.7, "by_group": [0.6, 0.8]}}
     counts = {"memory": 3, "reason": 2, "format": 0, "right": 50, "unjudged": 5}
     shares = {name: {**rate, "by_group": [0.3, 0.7]} for name in counts}
@@ -269,6 +271,7 @@ def test_faults_found_by_other_ways_alone_are_shown(run: Path) -> None:
     one["faults"] |= {"counterfactual": tried, "agreement": [pair]}
     text = Page(page(data)).text
     assert "unjudged 5" in text and "Cohen's kappa 0.700 (0.600 to 0.800)" in text and "as generated" in text
+    assert "wrong answers mended: +0.250 (+0.100 to +0.400); McNemar's p 0.0312, 9 questions" in text
 
 
 def test_page_says_that_the_test_split_chose(run: Path) -> None:

@@ -15,7 +15,7 @@ from memreason.core.errors import TaskError
 from memreason.core.trace import MEMORY, Step, Trace
 from memreason.measure.attribute import Attribution, readable
 from memreason.measure.score import Score, score_trace
-from memreason.measure.stats import wilson
+from memreason.measure.stats import mcnemar_exact, paired_bootstrap, wilson
 
 __all__ = ["INTERVENTIONS", "Gold", "Lines", "Search", "attribute_by_trying", "begin", "effects", "gold_lines"]
 
@@ -149,18 +149,34 @@ def _tail(begun: Trace, became: Trace) -> dict[str, Any]:
 
 def effects(made: Sequence[Trace], gold: Lines, tried: Mapping[str, Sequence[Trace]]) -> dict[str, Any]:
     """What the interventions did to the questions that have gold lines: `accuracy`, the share of readable wrong answers
-    that are right then (`mended`), and of all answers that went from right to wrong or back (`changed`)."""
+    that are right then (`mended`), and of all answers that went from right to wrong or back (`changed`).
+
+    `beyond_chance`: accuracy, and the share mended, with gold lines less that with another question's.
+    """
     scores = {trace.question.id: (trace, score_trace(trace)) for trace in made if trace.question.id in gold}
     before = {question: score.verdict == "correct" for question, (_, score) in scores.items()}
     wrong = [question for question, pair in scores.items() if not before[question] and readable(*pair)]
     right = {name: _right(traces) for name, traces in tried.items()}
+    groups = {question: trace.question.group for question, (trace, _) in scores.items()}
     return {
         "without": len(made) - len(scores),
         "wrong": len(wrong),
         "accuracy": {name: _share(found.values()) for name, found in {"before": before, **right}.items()},
         "mended": {name: _share(found[question] for question in wrong) for name, found in right.items()},
         "changed": {name: _share(found[one] != before[one] for one in before) for name, found in right.items()},
+        "beyond_chance": {
+            name: _difference(right["gold"], right["other"], {question: groups[question] for question in asked})
+            for name, asked in {"accuracy": list(before), "mended": wrong}.items()
+            if asked
+        },
     }
+
+
+def _difference(first: Mapping[str, bool], other: Mapping[str, bool], groups: Mapping[str, str]) -> dict[str, Any]:
+    """Of the questions that have a group here: the share right in the first less that in the other, and McNemar's p."""
+    ours, theirs = ([right[question] for question in groups] for right in (first, other))
+    difference, low, high = paired_bootstrap(ours, theirs, list(groups.values()))
+    return {"n": len(groups), "difference": difference, "by_group": [low, high], "p": mcnemar_exact(ours, theirs)}
 
 
 def _right(traces: Sequence[Trace]) -> dict[str, bool]:

@@ -107,3 +107,10 @@ def _print_interventions(found: Mapping[str, Any]) -> None:
     without = f", {found['without']} questions have none" if found["without"] else ""
     title = f"memory lines given (gold: {found['gold']}{without}; {found['wrong']} wrong answers to mend)"
     _table(title, names, rows)
+    beyond = [(f"{GIVEN['gold']} less another's: {name}", _beyond(one)) for name, one in found["beyond_chance"].items()]
+    figures("what gold lines do that other lines do not", beyond)
+
+
+def _beyond(one: Mapping[str, Any]) -> str:
+    low, high = one["by_group"]
+    return f"{one['difference']:+.3f}  ({low:+.3f} to {high:+.3f}), p {one['p']:.3g}"
