@@ -76,7 +76,7 @@ def print_bench(results: dict[str, Any]) -> None:
     meaning = "ratio: how many times better ours is, over the turns"
     table = Table(box=None, header_style="bold", pad_edge=False, caption=meaning, caption_justify="left")
     for title in ("job", "ratio", "turns", "reach", "ours", "theirs"):
-        table.add_column(title, justify="left" if title == "job" else "right", no_wrap=True)
+        table.add_column(title, justify="left" if title == "job" else "right", no_wrap=title != "job")
     for row in results["table"]:
         job = Text(row["job"]) + (Text(f"\n  {row['against']}", style="dim") if row["against"] else Text())
         turns = f"{row['from']:.2f} to {row['to']:.2f}" if "from" in row else ""
