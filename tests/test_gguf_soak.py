@@ -49,10 +49,11 @@ def asked_of_llama_cpp(folder: Path, codec: Codec, questions: Sequence[Question]
 
 
 @pytest.fixture(scope="module")
-def local(demo_run: Path) -> list[dict[str, Any]]:
-    """What the engine here generates in fp32."""
+def local(demo_run: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What the engine here generates in fp32: of merged weights, as a run is answered in the machine's dtype."""
+    merged = exports.export(demo_run, tmp_path_factory.mktemp("out") / "fp32", dtype="fp32")
     settings = load_checkpoint(demo_run).recipe.eval.model_copy(update=SETTINGS)
-    folder = Path(pipeline.evaluate(demo_run, settings=settings)["folder"])
+    folder = Path(pipeline.evaluate(merged, settings=settings)["folder"])
     return [line for _, line in read_jsonl(folder / "samples.jsonl")]
 
 
