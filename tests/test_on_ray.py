@@ -260,6 +260,7 @@ def test_of_rays_long_messages_the_last_line_is_told() -> None:
 def shared_out(checkpoint: Path, mark: str) -> Iterator[subprocess.Popen[str]]:
     """`memreason eval --ray 2` as from a terminal. `mark` finds all processes of its Ray; none may be left behind."""
     words = ["eval", str(checkpoint), "--task", "atlas", "--eval.n", "200", "--eval.batch_size", "4", "--ray", "2"]
+    words += ["--eval.max_new_tokens", "64"]  # long enough to be stopped in
     process = subprocess.Popen(
         [sys.executable, "-m", "memreason", *words],
         stdout=subprocess.PIPE,
@@ -302,7 +303,7 @@ def samples(checkpoint: Path) -> dict[str, list[int]]:
 
 @pytest.mark.soak
 def test_whoever_is_stopped_or_killed_the_run_goes_on_and_leaves_no_process(checkpoint: Path) -> None:
-    settings = EvalRecipe(task="atlas", n=200, batch_size=4, max_new_tokens=8)
+    settings = EvalRecipe(task="atlas", n=200, batch_size=4, max_new_tokens=64)
     expected = pipeline.evaluate(checkpoint, settings=settings)
     alone = samples(checkpoint)
     shutil.rmtree(expected["folder"])

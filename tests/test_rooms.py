@@ -2,6 +2,7 @@
 last, and they alone import the files beside the folders."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -44,6 +45,13 @@ def test_help_imports_no_torch() -> None:
 def test_early_rooms_import_no_torch() -> None:
     code = "import sys, memreason.core.recipe, memreason.data.tasks; assert 'torch' not in sys.modules, 'torch'"
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_what_may_bring_numba_is_imported_where_it_is_used() -> None:
+    """Ahead of it vLLM 0.32 does not start (tests/test_engines_soak.py)."""
+    early = re.compile(r"(?m)^(?:import|from) (?:bm25s|numba|sklearn|umap)\b")
+    found = {str(path.relative_to(ROOT)) for path in ROOT.glob("**/*.py") if early.search(path.read_text())}
+    assert found == {"retrieve/bm25.py"}, "retrieval is the local engine's alone"
 
 
 def test_public_names_exist() -> None:

@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
-import bm25s
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -28,6 +27,7 @@ def _text(question: Question) -> str:
 
 def by_words(candidates: Sequence[Question]) -> Callable[[Sequence[Question]], Scores]:
     """BM25 in Lucene's form (bm25s: arXiv 2407.03618). Scores are (questions, candidates)."""
+    import bm25s  # brings numba where there is one, and vLLM 0.32 stumbles over a numba that came before it
 
     def tokens(questions: Sequence[Question]) -> list[list[str]]:
         texts = [_text(question) for question in questions]
