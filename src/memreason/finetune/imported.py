@@ -18,7 +18,7 @@ from memreason.core.errors import CheckpointError
 from memreason.core.files import file_hash, new_folder, read_json, write_json, writing
 from memreason.core.recipe import Recipe
 from memreason.data.tasks import task_named
-from memreason.encode.base import identity, load_config, load_model, load_tokenizer
+from memreason.encode.base import DTYPES, identity, load_config, load_model, load_tokenizer
 from memreason.encode.codec import Codec
 from memreason.encode.vocab import add_rows
 from memreason.fast.rows import row_layers
@@ -74,7 +74,7 @@ def import_checkpoint(
         # On a tied base, too, the published head has new rows of its own.
         model_fields = {"base": base, "untie": used and not rows.tied, "unsafe_weights": unsafe_weights, **pinned}
         recipe = _recipe(codec, task, model_fields, lora)
-        model = load_model(**recipe.model.model_dump())
+        model = load_model(**recipe.model.model_dump() | {"dtype": _stored(config)})
         rows = place(rows, model, first, order, warn=warn)
         bias = kept_bias(rows.bias, drop=drop_bias, warn=warn)
         codec = Codec(replace(codec.scheme, row_bias=bias), codec.tokenizer)
@@ -85,6 +85,11 @@ def import_checkpoint(
             save_checkpoint(folder, adapted, codec, recipe)
             write_json(folder / RECORD, _record(source, recipe, codec, rows))
     return out
+
+
+def _stored(config: Any) -> str:
+    """The dtype in which a base lies on disk: rows that are taken from it must not be rounded to this machine's."""
+    return next((name for name, dtype in DTYPES.items() if dtype == config.dtype), "fp32")
 
 
 def _lora_fields(source: Path) -> dict[str, Any] | None:
