@@ -46,9 +46,12 @@ def _plot(x: Sequence[float], y: Sequence[float], across: str, up: str, path: Pa
     axes.plot(x, y, marker="o", color="#0072b2", clip_on=False)
     axes.set(xlabel=across, ylabel=up, xscale="log", yscale="log" if log else "linear")
     axes.set_xticks(list(x), [f"{value:,}" for value in x])
-    axes.minorticks_off()
-    if not log:
+    if log:
+        ticks = [n * 10**power for power in range(6) for n in (1, 2, 5) if min(y) / 2 <= n * 10**power <= max(y)]
+        axes.set_yticks(ticks, [f"{value:,}" for value in ticks])
+    else:
         axes.set_ylim(bottom=0)
+    axes.minorticks_off()
     for at, value in zip(x, y, strict=True):
         axes.annotate(
             f"{value:,.2f}" if value < 10 else f"{value:,.0f}", (at, value), (0, 7), textcoords="offset points"
