@@ -258,25 +258,38 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     assert "unknown device" in capsys.readouterr().err
 
 
-HELD = "0.45 GiB of holes in glibc's heap are not counted: where every tensor is mapped, it comes true"
 TRAININGS = (
     "LoRA on all",
     "LoRA on all, 30M",
     "rows alone",
     "everything",
     "LoRA on mlp, 1,230 tokens a pass",
-    pytest.param("LoRA on all, checkpointed", marks=pytest.mark.xfail(strict=True, reason=HELD)),
+    "LoRA on all, checkpointed",
+)
+# docs/performance.md, Estimates: a shortfall, not a bound; `strict` says when it has been mended.
+HOLES = pytest.mark.xfail(
+    strict=True, raises=AssertionError, reason="0.45 GiB of holes in glibc's heap are not counted"
 )
 
 
-@pytest.mark.soak
-@pytest.mark.parametrize("name", TRAININGS)
-def test_an_estimate_comes_true(name: str) -> None:
-    """SmolLM2-135M and a model of 30 million parameters, trained in processes of their own: memory within 15 %, time
-    within 30 %."""
+@pytest.fixture(scope="module")
+def row(request: pytest.FixtureRequest) -> dict[str, float]:
+    """What was estimated of a training and what came, SmolLM2-135M or 30 million parameters, in processes of its own."""
     script = Path(__file__).parent.parent / "benchmarks" / "estimated.py"
-    done = subprocess.run([sys.executable, str(script), "--json", name], check=True, capture_output=True, text=True)
-    (row,) = json.loads(done.stdout).values()
-    print({key: row[key] for key in ("memory", "peak", "seconds", "took")})
+    command = [sys.executable, str(script), "--json", request.param]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    found: dict[str, float] = json.loads(done.stdout)[request.param]
+    print({key: found[key] for key in ("memory", "peak", "seconds", "took")})
+    return found
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("row", TRAININGS, indirect=True)
+def test_time_comes_true(row: dict[str, float]) -> None:
     assert row["seconds"] / row["took"] == pytest.approx(1, abs=0.3)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("row", [*TRAININGS[:-1], pytest.param(TRAININGS[-1], marks=HOLES)], indirect=True)
+def test_memory_comes_true(row: dict[str, float]) -> None:
     assert row["memory"] / row["peak"] == pytest.approx(1, abs=0.15)
