@@ -274,7 +274,7 @@ HOLES = pytest.mark.xfail(
 
 @pytest.fixture(scope="module")
 def row(request: pytest.FixtureRequest) -> dict[str, float]:
-    """What was estimated of a training and what came, SmolLM2-135M or 30 million parameters, in processes of its own."""
+    """What was estimated of a training and what came, in a process of its own."""
     script = Path(__file__).parent.parent / "benchmarks" / "estimated.py"
     command = [sys.executable, str(script), "--json", request.param]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
