@@ -14,6 +14,8 @@ from accelerate.utils import gather_object
 from transformers import TrainerCallback
 from transformers.trainer_callback import ProgressCallback
 
+from memreason.core.errors import ProcessError
+
 __all__ = ["Bar", "StopCleanly", "Warmup"]
 
 log = logging.getLogger("memreason")
@@ -42,6 +44,9 @@ class StopCleanly(TrainerCallback):  # type: ignore[misc]
         previous = {number: signal.signal(number, self._note) for number in signals}
         try:
             yield
+        except ProcessError:  # the launcher ends this process as well, which must be able to say why first
+            previous.pop(signal.SIGTERM, None)
+            raise
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
