@@ -86,9 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         known = _parser().parse_args(own)
         known.function(known, fields)
     except MemreasonError as error:
-        sys.stderr.write(
-            f"error: {error}\n"
-        )  # in one piece: print would write the line break apart
+        sys.stderr.write(f"error: {error}\n")  # in one piece: print would write the line break apart
         return 2
     except KeyboardInterrupt:
         print("\nstopped; run the same command again to go on", file=sys.stderr)
