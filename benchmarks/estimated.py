@@ -2,8 +2,8 @@
 
 Each training runs in a process of its own, between two measurements of the machine, whose mean is what the estimate
 is given. All of it on one thread and in seconds of the processor, not of the clock: other jobs then count less. The
-reach of a processor (`CPU_REACH` in `timing/hardware.py`) and the holes of its heap (`HOLES` in `timing/rehearsal.py`)
-were set on the first row alone; the others check them. Bounds: memory 15 %, time 30 %.
+reach of a processor (`CPU_REACH` in `timing/hardware.py`) was set on the first row alone, and the others check it; how
+often a place in its heap is lost (`LOST` in `timing/heap.py`) with all of them in view. Bounds: memory 15 %, time 30 %.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ from typing import Any
 import psutil
 
 from memreason.timing.job import Job
-from memreason.timing.rehearsal import Pass
+from memreason.timing.rehearsal import heap_of
 from memreason.timing.skeleton import Sizes, sizes
 
 __all__ = ["cache_bytes", "footprint", "remedies", "usable"]
@@ -23,14 +23,14 @@ def usable(job: Job) -> float:
 
 def footprint(job: Job) -> dict[str, float]:
     """Bytes on one device at the peak of training, by what holds them; `total` is their sum."""
-    one = job.rehearsed(job.passes.largest)
     size = sizes(job.model(), job.recipe)
-    return _shared_out(job, size, _activations(job, one, size))
+    return _shared_out(job, size, _activations(job, size))
 
 
-def _activations(job: Job, one: Pass, size: Sizes) -> float:
+def _activations(job: Job, size: Sizes) -> float:
     """What lives beside weights, gradients and states: where gradients are made as activations go, the rest of both."""
-    held = one.heap if job.machine.cpu else one.peak
+    largest = job.rehearsed(job.passes.largest)
+    held = heap_of(job.rehearsed(job.passes.usual), largest) if job.machine.cpu else largest.peak
     return held if job.passes.several else max(0.0, held - size.gradients)
 
 
@@ -98,7 +98,7 @@ def _sharded(job: Job) -> list[tuple[str, int | None, dict[str, Any]]]:
         return []
     first = job.changed(counts[0], **change)
     size = sizes(first.model(), first.recipe)
-    activations = _activations(first, first.rehearsed(first.passes.largest), size)
+    activations = _activations(first, size)
     for count in counts:
         other = job.changed(count, **change)
         if _shared_out(other, size, activations)["total"] <= usable(other):

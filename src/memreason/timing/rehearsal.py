@@ -22,14 +22,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from memreason.fast.memory import LARGEST
+from memreason.timing.heap import Lives, heap_peak
 
-__all__ = ["Operation", "Pass", "rehearse"]
+__all__ = ["Operation", "Pass", "heap_of", "rehearse"]
 
 FEW = (4, 8)  # layers that tell of more
-# A processor's heap keeps freed memory (see fast/memory.py), and passes of other sizes leave holes in it: bytes of
-# holes for each that lives in small tensors. Set on one training, checked on others (docs/performance.md).
-HOLES = 0.75
 # Matrix products of a packed attention, and how often each of its weights is written or read, forth and back.
 PRODUCTS, TOUCHES = {"fwd": 2, "bwd": 5}, {"fwd": 6, "bwd": 14}
 
@@ -46,12 +43,12 @@ class Operation(NamedTuple):
 @dataclass(frozen=True)
 class Pass:
     """What a pass takes: floating-point operations, bytes that live at its peak beside weights, gradients and states,
-    the same with the holes of a processor's heap, and its operations."""
+    its operations, and how its tensors live and die (of few and of more layers, each with how many times it counts)."""
 
     flops: float
     peak: float
-    heap: float
     operations: tuple[Operation, ...]
+    lives: tuple[tuple[float, Lives], ...]
 
     def seconds(self, half: float, fp32: float, bandwidth: float, launch: float) -> float:
         """At so many FLOP/s in half and in full precision, bytes a second and seconds to start an operation: each
@@ -80,9 +77,18 @@ def rehearse(
     times = (layers - FEW[0]) / (FEW[1] - FEW[0])  # that the layers between the two are added
     operations = [one._replace(times=1 - times) for one in less.operations]
     operations += [one._replace(times=times) for one in more.operations]
-    ends = ((less.flops, more.flops), (less.peak, more.peak), (less.heap, more.heap))
-    flops, peak, heap = (low + times * (high - low) for low, high in ends)
-    return Pass(flops, peak, heap, tuple(operations))
+    flops, peak = (low + times * (high - low) for low, high in ((less.flops, more.flops), (less.peak, more.peak)))
+    lives = tuple((weight, lives) for weight, one in ((1 - times, less), (times, more)) for _, lives in one.lives)
+    return Pass(flops, peak, tuple(operations), lives)
+
+
+def heap_of(usual: Pass, largest: Pass) -> float:
+    """Bytes of a processor's heap at the peak of a training, beside weights, gradients and states. A usual and the
+    largest pass take turns, twice: what a pass of one size leaves free does not fit one of another, and measured
+    trainings grew little after the third pass."""
+    return sum(
+        weight * heap_peak([few, many] * 2) for (weight, few), (_, many) in zip(usual.lives, largest.lives, strict=True)
+    )
 
 
 def _watch(model: Any, run: Callable[[Any], Any], pairs: float, kept: bool) -> Pass:
@@ -94,7 +100,7 @@ def _watch(model: Any, run: Callable[[Any], Any], pairs: float, kept: bool) -> P
         watch = _Watch([*held, *model.buffers()], pairs)
         with mode, watch:
             run(model)
-    return Pass(watch.flops, float(watch.peak), float(watch.heap), tuple(watch.operations))
+    return Pass(watch.flops, float(watch.peak), tuple(watch.operations), ((1.0, tuple(watch.lives)),))
 
 
 class _Watch(TorchDispatchMode):
@@ -102,8 +108,9 @@ class _Watch(TorchDispatchMode):
 
     def __init__(self, held: Sequence[torch.Tensor], pairs: float) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.pairs, self.flops, self.now, self.small, self.peak, self.heap = pairs, 0.0, 0, 0, 0, 0.0
+        self.pairs, self.flops, self.now, self.peak, self.made = pairs, 0.0, 0, 0, 0
         self.operations: list[Operation] = []
+        self.lives: list[tuple[int, int]] = []
         self.living = {tensor.untyped_storage()._cdata for tensor in held}
 
     def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), keywords: Any = None) -> Any:
@@ -127,18 +134,16 @@ class _Watch(TorchDispatchMode):
         if key in self.living:
             return
         self.living.add(key)
-        self._count(size)
-        self.peak = max(self.peak, self.now)
-        self.heap = max(self.heap, self.now + HOLES * self.small)
-        weakref.finalize(storage, self._gone, key, size).atexit = False
-
-    def _gone(self, key: int, size: int) -> None:
-        self.living.discard(key)
-        self._count(-size)
-
-    def _count(self, size: int) -> None:
+        self.made += 1
+        self.lives.append((self.made, size))
         self.now += size
-        self.small += size if abs(size) < LARGEST else 0
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._gone, key, size, self.made).atexit = False
+
+    def _gone(self, key: int, size: int, number: int) -> None:
+        self.living.discard(key)
+        self.lives.append((number, -1))
+        self.now -= size
 
     def _work(self, function: Any, arguments: Any, keywords: Any, found: Any) -> tuple[float, float]:
         """FLOPs, and bytes where they are not those of what goes in and comes out."""
