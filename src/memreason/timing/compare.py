@@ -130,8 +130,8 @@ def _training(settings: Settings, dtype: str) -> dict[str, list[Figures]]:
     best, _ = _best("train_trl", short, tries, "tokens_per_second", settings)
     jobs = {
         "memreason": ("train_memreason", {**shared, "steps": settings.steps + 1}),
-        "plain loop": ("train_plain", {**shared, "steps": 2}),
-        f"TRL, {best['dtype']}, batch {best['micro']}": ("train_trl", {**shared, "steps": 2, **best}),
+        "plain loop": ("train_plain", {**shared, "steps": 1}),
+        f"TRL, {best['dtype']}, batch {best['micro']}": ("train_trl", {**shared, "steps": 1, **best}),
     }
     return _turns(jobs, settings.rounds, settings)
 
@@ -171,7 +171,9 @@ def _evaluation(settings: Settings, dtype: str) -> dict[str, list[Figures]]:
     }
     if settings.vllm_python:
         if not _vllm_answers(shared).exists():
-            _vllm({**shared, "max_new_tokens": 1}, settings)  # fills its cache of compiled code, which later starts find
+            _vllm(
+                {**shared, "max_new_tokens": 1}, settings
+            )  # fills its cache of compiled code, which later starts find
         jobs["vLLM"] = ("vllm", shared)
     found = _turns(jobs, 1, settings)
     best, figures = _best("eval_transformers", some, tries, "questions_per_second", settings)

@@ -31,17 +31,22 @@ Figures = dict[str, Any]
 
 
 class _Clock(TrainerCallback):  # type: ignore[misc]
-    """When each optimizer step ended: the first one warms up and is not counted."""
+    """When each optimizer step ended, and when the first pass did, which warms up and is not counted."""
 
     def __init__(self) -> None:
         self.ends: list[float] = []
+        self.start = 0.0
+
+    def on_substep_end(self, *_: Any, **__: Any) -> None:
+        self.start = self.start or time.perf_counter()
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
         self.ends.append(time.perf_counter())
+        self.start = self.start or self.ends[0]
 
     @property
     def seconds(self) -> float:
-        return self.ends[-1] - self.ends[0]
+        return self.ends[-1] - self.start
 
 
 def _recipe(spec: Spec, folder: str, **changes: Any) -> Recipe:
@@ -58,9 +63,9 @@ def _recipe(spec: Spec, folder: str, **changes: Any) -> Recipe:
     return load_recipe(spec["recipe"], {**shared, **dict(spec.get("overrides", [])), **changes})
 
 
-def _trained(clock: _Clock, rows: list[Any], history: list[dict[str, Any]], spec: Spec) -> Figures:
-    """Figures of a training job that took the rows in their order; its first step is left out."""
-    counted = rows[spec["batch"] : spec["batch"] * spec["steps"]]
+def _trained(clock: _Clock, rows: list[Any], history: list[dict[str, Any]], spec: Spec, micro: int) -> Figures:
+    """Figures of a training job that took the rows in their order, `micro` in a pass; its first pass is left out."""
+    counted = rows[micro : spec["batch"] * spec["steps"]]
     tokens = sum(len(row["input_ids"]) for row in counted)
     return {
         "examples": len(counted),
@@ -87,7 +92,7 @@ def train_memreason(spec: Spec) -> Figures:
         model = trainable_model(recipe, ready.codec)
         done = train(recipe, model, ready.codec, rows, callbacks=[clock])
     parameters = sum(parameter.numel() for parameter in network_of(model).parameters())
-    return {**_trained(clock, rows, done["history"], spec), "parameters": parameters}
+    return {**_trained(clock, rows, done["history"], spec, spec["batch"]), "parameters": parameters}
 
 
 def train_plain(spec: Spec) -> Figures:
@@ -108,7 +113,7 @@ def train_plain(spec: Spec) -> Figures:
             callbacks=[clock],
         )
         trainer.train()
-    return _trained(clock, rows, trainer.state.log_history, spec)
+    return _trained(clock, rows, trainer.state.log_history, spec, 1)
 
 
 def train_trl(spec: Spec) -> Figures:
@@ -147,7 +152,7 @@ def train_trl(spec: Spec) -> Figures:
             callbacks=[clock],
         )
         trainer.train()
-    return _trained(clock, rows, trainer.state.log_history, spec)
+    return _trained(clock, rows, trainer.state.log_history, spec, spec["micro"])
 
 
 def _in_order(rows: Any, spec: Spec) -> list[Any]:
