@@ -21,10 +21,10 @@ check: setup
 	$(BIN)/mypy
 
 test: setup
-	$(BIN)/pytest -n 2 --dist loadscope
+	$(BIN)/pytest -n 2 --dist loadscope --no-loadscope-reorder
 
 cover: setup
-	$(BIN)/pytest -n 2 --dist loadscope --cov=memreason --cov-report=term
+	$(BIN)/pytest -n 2 --dist loadscope --no-loadscope-reorder --cov=memreason --cov-report=term
 
 demo: setup
 	$(BIN)/memreason run demo
