@@ -30,6 +30,7 @@ def print_estimate(found: dict[str, Any]) -> None:
             ("tokens", f"{data['tokens']:,} (longest {data['longest']})"),
             ("steps", f"{found['steps']:,} of {found['step_examples']} examples, {found['strategy']}"),
             ("operations", f"{_short(found['flops'])}FLOP, {_short(found['flops_per_token'])}FLOP a token"),
+            ("of the peak", _reach(found)),
             ("memory, estimated", _memory(found)),
             ("evaluation", _evaluation(found["evaluation"])),
         ],
@@ -40,6 +41,11 @@ def print_estimate(found: dict[str, Any]) -> None:
         note(
             f"training does not fit: {_gib(found['memory']['total'])} of {_gib(machine['memory'])}. What would: {ways}"
         )
+
+
+def _reach(found: dict[str, Any]) -> str:
+    best, worst = found["peak_share"]
+    return f"{worst:.0%} to {best:.0%} of {_short(found['hardware']['flops'])}FLOP/s while it trains"
 
 
 def _memory(found: dict[str, Any]) -> str:
@@ -54,9 +60,7 @@ def _evaluation(asked: dict[str, Any]) -> str:
 
 
 def _table(found: dict[str, Any]) -> Table:
-    best, worst = found["peak_share"]
-    reach = f"training at {worst:.0%} to {best:.0%} of the peak, {_short(found['hardware']['flops'])}FLOP/s"
-    table = Table(box=None, header_style="bold", pad_edge=False, caption=reach, caption_justify="left")
+    table = Table(box=None, header_style="bold", pad_edge=False)
     for title in ("", "at best", "at worst", *(("dollars",) if found["dollars"] else ())):
         table.add_column(title, justify="right" if title else "left", no_wrap=True)
     for name, text in JOBS.items():
