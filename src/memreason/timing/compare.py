@@ -32,9 +32,10 @@ TRIED = 4  # examples of a step by which the baseline's best setting is found
 @dataclass(frozen=True)
 class Settings:
     """What is measured. `run`: a trained run for the evaluations (None: training alone); `rounds`: turns of the
-    trainings, whose jobs are short, an evaluation of `questions` has one; `slow_questions`: of those, how many
-    `generate` gets, in batches and at batch 1; `vllm_python`: the interpreter of an environment that holds vLLM (None:
-    without it); `curves`: also those of curves.py."""
+    trainings, whose jobs are short, an evaluation of `questions` has one; `steps`: those of ours that count, the
+    baselines take one of `batch` examples, more than the four of a pass, as a pass warms them up; `slow_questions`: of
+    the questions, how many `generate` gets, in batches and at batch 1; `vllm_python`: the interpreter of an environment
+    that holds vLLM (None: without it); `curves`: also those of curves.py."""
 
     recipe: str = "strategyqa-smollm2"
     run: Path | None = None
@@ -170,10 +171,8 @@ def _evaluation(settings: Settings, dtype: str) -> dict[str, list[Figures]]:
         "generate one by one, fp32": ("eval_transformers", one_by_one),
     }
     if settings.vllm_python:
-        if not _vllm_answers(shared).exists():
-            _vllm(
-                {**shared, "max_new_tokens": 1}, settings
-            )  # fills its cache of compiled code, which later starts find
+        if not _vllm_answers(shared).exists():  # its cache of compiled code is filled, which later starts find
+            _vllm({**shared, "max_new_tokens": 1}, settings)
         jobs["vLLM"] = ("vllm", shared)
     found = _turns(jobs, 1, settings)
     best, figures = _best("eval_transformers", some, tries, "questions_per_second", settings)

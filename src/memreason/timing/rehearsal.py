@@ -84,8 +84,8 @@ def rehearse(
 
 def heap_of(usual: Pass, largest: Pass) -> float:
     """Bytes of a processor's heap at the peak of a training, beside weights, gradients and states. A usual and the
-    largest pass take turns, twice: what a pass of one size leaves free does not fit one of another, and measured
-    trainings grew little after the third pass."""
+    largest pass take turns, twice: what a pass of one size leaves free does not fit one of another, and a measured
+    training grew little after its second pass."""
     return sum(
         weight * heap_peak([few, many] * 2) for (weight, few), (_, many) in zip(usual.lives, largest.lives, strict=True)
     )
