@@ -33,15 +33,18 @@ from memreason.core.stages import EvalRecipe
 from memreason.core.trace import Question
 from memreason.encode.codec import Codec
 from memreason.encode.examples import encode_trace, pack, split_packed
-from memreason.fast import attention, loss
+from memreason.fast import attention, loss, matrices
 from memreason.fast.attention import PACKED, attending, packed_attention, packs
 from memreason.fast.loss import Head, chunked_loss, head_of, headless, takes_hidden_states
+from memreason.fast.matrices import laid_out
 from memreason.fast.rows import RowLayer, row_layers
 from memreason.finetune import trainer
 from memreason.finetune.checkpoint import load_checkpoint
 from memreason.finetune.methods import merged, network_of
 from memreason.generate import engine
+from memreason.generate.choose import _largest, take
 from memreason.generate.engines import generate
+from memreason.generate.rows import Row
 from test_modes import KINDS, MODULES
 from test_train import live
 
@@ -293,6 +296,7 @@ def test_drafts_change_no_token(fluent: Any, decoding: str, monkeypatch: pytest.
     drafts, limits = engine.drafts_of, (1, 2, 5, 200)
     with_drafts = [answers(limit) for limit in limits]
     monkeypatch.setattr(engine, "drafts_of", lambda codec: {})
+    monkeypatch.setattr(engine, "ECHOED", 0)
     without = [answers(limit) for limit in limits]
     assert drafts(fluent.codec)
     for (mine, _), (plain, _) in zip(with_drafts, without, strict=True):
@@ -303,6 +307,64 @@ def test_drafts_change_no_token(fluent: Any, decoding: str, monkeypatch: pytest.
     assert with_drafts[-1][1] < most * without[-1][1]
     monkeypatch.setattr(engine, "drafts_of", lambda codec: {n: [n, n + 1] for n in range(200)})  # nearly all wrong
     assert {k: ids for k, (ids, _) in answers(200)[0].items()} == {k: ids for k, (ids, _) in without[-1][0].items()}
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_what_is_repeated_is_drafted_and_changes_no_token(
+    fluent: Any, wrong: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    questions = [trace.question for trace in own_traces(4)]
+    passes = 0
+    scores, echo = engine._Network.scores, Row.echo
+
+    def counted(network: Any, cohorts: Any) -> Any:
+        nonlocal passes
+        passes += 1
+        return scores(network, cohorts)
+
+    def answers(most: int) -> list[list[int]]:
+        nonlocal passes
+        passes = 0
+        monkeypatch.setattr(engine, "ECHOED", most)
+        settings = EvalRecipe(batch_size=4, max_new_tokens=150)
+        return [g.ids for batch in generate(fluent.model, fluent.codec, questions, settings) for g in batch]
+
+    monkeypatch.setattr(engine._Network, "scores", counted)
+    if wrong:
+        monkeypatch.setattr(Row, "echo", lambda row, most: [one + 1 for one in echo(row, most)])
+    plain, without = answers(0), passes
+    assert answers(32) == plain
+    assert passes < 0.9 * without or wrong
+
+
+def test_an_echo_is_what_stood_behind_the_last_two_tokens() -> None:
+    row = Row(Question("", ""), 0, 9, [5, 1, 2, 3, 1, 2, 4, 6], torch.Generator())
+    assert row.echo(3) == []
+    row.ids = [1, 2]
+    assert (row.echo(3), row.echo(6), row.echo(1), row.echo(0)) == ([4, 6, 1], [4, 6, 1, 2, 4, 6], [4], [])
+    row.ids = [7, 7]
+    assert row.echo(3) == []
+    row.ids = [7, 7, 7]
+    assert row.echo(3) == [7, 7, 7]
+
+
+@pytest.mark.parametrize("size", [64, 65, 127, 300])
+def test_the_largest_logit_is_argmax(size: int) -> None:
+    logits = torch.randint(0, 40, (50, size), generator=torch.Generator().manual_seed(0)).float()  # many are equal
+    assert torch.equal(_largest(logits), logits.argmax(dim=-1))
+
+
+def test_figures_of_a_token_are_those_of_its_distribution() -> None:
+    logits = torch.randn(3, 300, generator=torch.Generator().manual_seed(0)) * 4
+    chosen = torch.tensor([5, 200, int(logits[2].argmax())])
+    shares = logits.double().softmax(dim=-1)
+    for n, one in enumerate(take(logits, (), lambda _, points: chosen)):
+        share, others = shares[n, chosen[n]], shares[n].clone()
+        others[chosen[n]] = 0
+        assert one.token == chosen[n]
+        assert one.logprob == pytest.approx(float(share.log()), abs=1e-5)
+        assert one.entropy == pytest.approx(float(-(shares[n] * shares[n].log()).sum()), abs=1e-5)
+        assert one.margin == pytest.approx(float(share - others.max()), abs=1e-5)
 
 
 def test_every_question_is_answered_once_with_any_number_in_flight(fluent: Any) -> None:
@@ -327,6 +389,42 @@ def test_generating_leaves_the_weights_as_they_were(fluent: Any) -> None:
         assert torch.equal(parameter, before[name])
         assert not parameter.is_inference()
     network.to(torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["tied", "untied"])
+def test_matrices_laid_out_multiply_alike_and_come_back(name: str, dtype: torch.dtype) -> None:
+    if not matrices._has_blocks(dtype):
+        pytest.skip(f"this processor has no blocks for {dtype}")
+    model = BASES[name](300).to(dtype)
+    hooked = model.model.layers[1].mlp.up_proj
+    hooked.forward = hooked.forward  # as Accelerate's hooks do
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    ids = torch.arange(40)[None]
+    with torch.no_grad():
+        expected = model(ids).logits
+    with pytest.raises(ZeroDivisionError), laid_out(model), torch.inference_mode():
+        assert model.model.layers[0].mlp.up_proj.weight.isnan().all()
+        assert not hooked.weight.isnan().any()
+        assert not model.get_input_embeddings().weight.isnan().any()
+        assert (model(ids).logits - expected).abs().max() <= 1e-5 * expected.abs().max()
+        raise ZeroDivisionError
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[name]), name
+        assert parameter.is_contiguous() and not parameter.is_inference()
+    assert [n for n, module in model.named_modules() if "forward" in vars(module)] == ["model.layers.1.mlp.up_proj"]
+
+
+def test_without_onednn_matrices_stay_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not matrices._has_blocks(torch.float64)
+    monkeypatch.setattr(matrices, "_has_blocks", lambda dtype: False)
+    model = tiny_model(300)
+    with laid_out(model):
+        assert not any("forward" in vars(module) or module.weight.isnan().any() for module in linears(model))
+
+
+def linears(model: Any) -> list[Any]:
+    return [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
 
 
 def test_a_cpu_multiplies_in_the_faster_dtype(monkeypatch: pytest.MonkeyPatch) -> None:

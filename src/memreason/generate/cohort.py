@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+from accelerate.utils import send_to_device
 from torch import Tensor
 from transformers import AttentionInterface
 
@@ -14,19 +15,28 @@ __all__ = ["COHORTS", "Cohort"]
 
 COHORTS = "memreason_cohorts"  # the name of our attention in Transformers' table
 GROWTH = 32  # positions by which a cohort's memory grows
+FEW = 64  # queries that are attended sooner than a second product is begun
+
+
+class Group(NamedTuple):
+    """Pending tokens that are attended in one product of `most` queries a row: their places among all of the cohort's
+    (tokens,), `slots` for them among rows x most (None: all are taken, in order), and the rows (None: all)."""
+
+    tokens: Tensor
+    slots: Tensor | None
+    rows: Tensor | None
+    most: int
 
 
 class Places(NamedTuple):
-    """Where the pending tokens of a pass stand, each (tokens,): row, place in the row's queries, position; which are
-    the first of their row and which others; which rows have others, and to which of these each other belongs."""
+    """Where the pending tokens of a pass stand, each (tokens,): row, position, the first position that it sees, and its
+    place among what the groups find one after another."""
 
     row: Tensor
-    place: Tensor
     position: Tensor
-    firsts: Tensor
-    others: Tensor
-    longer: Tensor
-    owner: Tensor
+    since: Tensor
+    found: Tensor
+    groups: tuple[Group, ...]
 
 
 class Cohort:
@@ -38,49 +48,47 @@ class Cohort:
     def __init__(self, rows: list[Row], device: torch.device, parting: frozenset[int] = frozenset()) -> None:
         self.rows, self.device, self.room, self.parting = rows, device, 0, parting
         self.memory: dict[int, tuple[Tensor, Tensor]] = {}
-        self.masks: dict[tuple[int | None, torch.device], Tensor] = {}
-        self.there: dict[torch.device, Places] = {}
         self.plan()
 
     def plan(self) -> None:
-        """Where the pending tokens of the next pass stand: row, place in the row's queries, position."""
+        """Where the pending tokens of the next pass stand."""
         counts = [len(row.pending) for row in self.rows]
-        self.count, self.most = sum(counts), max(counts)
+        fed = torch.tensor([row.fed for row in self.rows])
+        self.count = sum(counts)
         length = max(row.fed + count for row, count in zip(self.rows, counts, strict=True))
         self.room = max(self.room, -(-length // GROWTH) * GROWTH)
-        places = [(n, k, row.fed + k) for n, row in enumerate(self.rows) for k in range(counts[n])]
-        row, place, position = torch.tensor(places, device=self.device).unbind(dim=1)
-        firsts, others = ((place == 0).nonzero().squeeze(1), (place > 0).nonzero().squeeze(1))
-        longer = torch.tensor([n for n, count in enumerate(counts) if count > 1], device=self.device)
-        owner = torch.searchsorted(longer, row[others])
-        self.there = {self.device: Places(row, place, position, firsts, others, longer, owner)}
-        self.position = position
-        since = [first for row in self.rows for first in row.since(self.parting)] if self.parting else []
-        self.since = torch.tensor(since, device=self.device)
-        self.masks.clear()
+        row = torch.repeat_interleave(torch.tensor(counts))
+        place = torch.tensor([n for count in counts for n in range(count)])
+        since = [first for row in self.rows for first in row.since(self.parting)] if self.parting else [0] * self.count
+        groups = _groups(torch.tensor(counts), row, place)
+        found = torch.cat([group.tokens for group in groups]).argsort()
+        places = Places(row, fed[row] + place, torch.tensor(since), found, groups)
+        self.there = {torch.device("cpu"): places}
+        self.masks: dict[tuple[int | None, torch.device], list[Tensor]] = {}
 
     def on(self, device: torch.device) -> Places:
         """The places on the device of a layer, of which a model may have several."""
         if device not in self.there:
-            self.there[device] = Places(*(tensor.to(device) for tensor in self.there[self.device]))
+            self.there[device] = send_to_device(self.there[torch.device("cpu")], device)
         return self.there[device]
 
-    def mask(self, window: int | None, like: Tensor) -> Tensor:
-        """(rows, 1, queries, room): 0 for keys up to the query's own, inside the window if there is one."""
+    def seen(self, window: int | None, like: Tensor) -> list[Tensor]:
+        """For each group (rows, 1, most, room): 0 for keys up to the query's own, inside the window if there is one."""
         name = window, like.device
         if name not in self.masks:
-            at = self.on(like.device)
-            own = torch.zeros(len(self.rows), self.most, dtype=torch.long, device=like.device)
-            own[at.row, at.place] = at.position
-            keys = torch.arange(self.room, device=like.device)
-            behind = own[..., None] - keys
-            hidden = (behind < 0) if window is None else (behind < 0) | (behind >= window)
-            if self.parting:
-                since = torch.zeros_like(own)
-                since[at.row, at.place] = self.since.to(like.device)
-                hidden |= keys < since[..., None]
-            self.masks[name] = torch.zeros_like(behind, dtype=like.dtype).masked_fill_(hidden, -torch.inf)[:, None]
+            self.masks[name] = [self._mask(group, window, like) for group in self.on(like.device).groups]
         return self.masks[name]
+
+    def _mask(self, group: Group, window: int | None, like: Tensor) -> Tensor:
+        at, count = self.on(like.device), len(self.rows) if group.rows is None else len(group.rows)
+        own, since = (
+            _padded(of[group.tokens], group, count).view(count, 1, group.most, 1) for of in (at.position, at.since)
+        )
+        keys = torch.arange(self.room, device=like.device)
+        hidden = (keys > own) | (keys < since)
+        if window is not None:
+            hidden |= keys <= own - window
+        return torch.zeros_like(hidden, dtype=like.dtype).masked_fill_(hidden, -torch.inf)
 
     def remember(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Put pending keys and values (tokens, groups, width) in place; return all: (rows, groups, room, width).
@@ -110,26 +118,50 @@ class Cohort:
                 tensor[hole, :, : last.fed] = tensor[len(self.rows), :, : last.fed]
 
 
+def _groups(counts: Tensor, row: Tensor, place: Tensor) -> tuple[Group, ...]:
+    """All in one, or the first token of each row apart from the others.
+
+    Nearly every row has one token: a product over as many as the few longer ones have would be mostly padding.
+    """
+    most, rows = int(counts.max()), len(counts)
+    if most == 1 or rows * most <= max(FEW, 2 * len(row)):
+        return (Group(torch.arange(len(row)), None if rows * most == len(row) else row * most + place, None, most),)
+    longer, others = (counts > 1).nonzero().squeeze(1), place.nonzero().squeeze(1)
+    slots = torch.searchsorted(longer, row[others]) * (most - 1) + place[others] - 1
+    return Group((place == 0).nonzero().squeeze(1), None, None, 1), Group(others, slots, longer, most - 1)
+
+
+def _padded(own: Tensor, group: Group, count: int) -> Tensor:
+    """(tokens of the group, ...) -> (rows x most, ...)."""
+    if group.slots is None:
+        return own
+    return own.new_zeros(count * group.most, *own.shape[1:]).index_copy_(0, group.slots, own)
+
+
 def _attend(module: Any, query: Tensor, key: Tensor, value: Tensor, _mask: Any, **settings: Any) -> tuple[Tensor, None]:
     """Transformers' door: query (1, heads, tokens, width), the tokens of each cohort one after another."""
     dtype = torch.promote_types(query.dtype, value.dtype)  # over a quantised base they differ
     query, key, value = (tensor[0].transpose(0, 1).to(dtype) for tensor in (query, key, value))
     query, cap = query * (settings.get("scaling") or query.shape[-1] ** -0.5), settings.get("softcap")
-    found = value.new_empty(*query.shape[:2], value.shape[-1])
-    start = 0
+    found, start = [], 0
     for cohort in settings["cohorts"]:
         own = slice(start, start := start + cohort.count)
-        at = cohort.on(query.device)
-        keys, values = cohort.remember(module.layer_idx, key[own], value[own])
-        mask, asked = cohort.mask(settings.get("sliding_window"), query), query[own]
-        # Nearly every row has one token; a product over as many as the few longer ones have would be mostly padding.
-        found[own][at.firsts] = _weigh(asked[at.firsts][:, None], keys, values, mask[:, :, :1], cap)[:, 0]
-        if cohort.most > 1:
-            padded = query.new_zeros(len(at.longer), cohort.most - 1, *query.shape[1:])
-            padded[at.owner, at.place[at.others] - 1] = asked[at.others]
-            weighed = _weigh(padded, keys[at.longer], values[at.longer], mask[at.longer, :, 1:], cap)
-            found[own][at.others] = weighed[at.owner, at.place[at.others] - 1]
-    return found[None], None
+        at, masks = cohort.on(query.device), cohort.seen(settings.get("sliding_window"), query)
+        memory = cohort.remember(module.layer_idx, key[own], value[own])
+        parts = [_of(group, query[own], *memory, mask, cap) for group, mask in zip(at.groups, masks, strict=True)]
+        found.append(parts[0] if len(parts) == 1 else torch.cat(parts).index_select(0, at.found))
+    return torch.cat(found)[None], None
+
+
+def _of(group: Group, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, cap: float | None) -> Tensor:
+    """What a group's tokens of a cohort's queries (tokens, heads, width) find."""
+    if group.rows is not None:  # index_select copies a row as a whole, [] number by number
+        keys, values = keys.index_select(0, group.rows), values.index_select(0, group.rows)
+    if len(group.tokens) < len(query):
+        query = query.index_select(0, group.tokens)
+    padded = _padded(query, group, len(keys)).view(len(keys), group.most, *query.shape[1:])
+    found = _weigh(padded, keys, values, mask, cap).flatten(0, 1)
+    return found if group.slots is None else found.index_select(0, group.slots)
 
 
 def _weigh(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, cap: float | None) -> Tensor:

@@ -7,15 +7,17 @@ chosen last, or that token and a *draft*. Only attention looks at a cohort alone
 equally long, wait for none of another.
 
 Drafts are the tokens that a planning block leaves no doubt about: after the first token of a block the rest of it,
-after the answer block its phrase, after a line break the next prefix. They go in with the token that they follow and
-are kept as far as the model itself would have chosen them, position by position (arXiv 2211.17192, section 2.3): the
-answer is that of plain decoding, in fewer passes.
+after the answer block its phrase, after a line break the next prefix. Where few rows leave room in a pass they are also
+what a row read behind its last two tokens when it read those before (`Row.echo`). They go in with the token that they
+follow and are kept as far as the model itself would have chosen them, position by position (arXiv 2211.17192, section
+2.3): the answer is that of plain decoding, in fewer passes.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Generator
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -27,6 +29,7 @@ from memreason.core.stages import EvalRecipe
 from memreason.core.trace import Question
 from memreason.encode.codec import Codec
 from memreason.fast.attention import attending
+from memreason.fast.matrices import laid_out
 from memreason.fast.memory import keep_freed_memory
 from memreason.fast.sparse import UNMASKED
 from memreason.finetune.methods import is_adapted, merged, network_of
@@ -38,6 +41,7 @@ from memreason.generate.rows import Given, Row
 
 __all__ = ["decode", "refuse_unfed"]
 
+ECHOED, LONGEST = 32, 8  # tokens that a pass, and a row, drafts of what was read: hardly more work than for one
 CHOSEN = 64  # rows of logits looked at together: their fp32 copy stays in the cache
 
 
@@ -62,14 +66,15 @@ def decode(
         return
     drafts, choose = drafts_of(codec), chooser(model, settings)
     calculate = calculator(codec) if settings.calculator else None
-    with merged(model), torch.inference_mode(), attending(model, COHORTS):
+    with merged(model), laid_out(model), torch.inference_mode(), attending(model, COHORTS):
         network = _Network(model, codec.parting)
         cohorts: list[Cohort] = []
         while waiting or cohorts or more():
             _admit(cohorts, waiting, settings.batch_size, network)
             ended: list[Row] = []
+            follow = partial(_follow, drafts, ECHOED // max(1, sum(len(cohort.rows) for cohort in cohorts)))
             for cohort, scores in zip(cohorts, network.scores(cohorts), strict=True):
-                ended += _advance(cohort, scores, choose, drafts, calculate, codec.eos_id)
+                ended += _advance(cohort, scores, choose, follow, calculate, codec.eos_id)
             cohorts = [cohort for cohort in cohorts if cohort.rows]
             yield ended
 
@@ -97,10 +102,8 @@ def _feeds(network: Any) -> bool:
         row.fed, row.pending, row.drafted = 4, ids[4:], 1
         cohort.plan()
         (found,) = fed.scores([cohort])
-    with (
-        torch.inference_mode(),
-        attending(network, "eager"),
-    ):  # it rounds alike, so that in bf16 too little noise is left
+    # "eager" rounds as the cohorts' attention does, so that in bf16 too little noise is left
+    with torch.inference_mode(), attending(network, "eager"):
         expected = network(input_ids=torch.tensor([ids], device=fed.device), use_cache=False).logits[0, -2:]
     return bool((found - expected).float().norm() < 0.05 * expected.float().norm())
 
@@ -113,7 +116,12 @@ def _admit(cohorts: list[Cohort], waiting: deque[Row], size: int, network: _Netw
 
 
 def _advance(
-    cohort: Cohort, logits: Tensor, choose: Choose, drafts: dict[int, list[int]], calculate: Given | None, eos: int
+    cohort: Cohort,
+    logits: Tensor,
+    choose: Choose,
+    follow: Callable[[Row], list[int]],
+    calculate: Given | None,
+    eos: int,
 ) -> list[Row]:
     """Take each row's next tokens from its logits (those after its last sure token and its drafted ones), and behind
     them what the calculator gives.
@@ -138,12 +146,18 @@ def _advance(
                 ended[number] = row
             right = number not in ended and not given and draft[k : k + 1] == [one.token]
             row.fed += right
-        follow = drafts.get(row.ids[-1], [])[: row.limit - len(row.ids) - 1]
-        row.pending, row.drafted = [*row.ids[len(row.ids) - 1 - given :], *follow], len(follow)
+        draft = [] if number in ended else follow(row)
+        row.pending, row.drafted = [*row.ids[len(row.ids) - 1 - given :], *draft], len(draft)
     cohort.leave(set(ended))
     if cohort.rows:
         cohort.plan()
     return list(ended.values())
+
+
+def _follow(drafts: dict[int, list[int]], echoed: int, row: Row) -> list[int]:
+    """What is drafted behind a row's last token."""
+    found = drafts.get(row.ids[-1]) or (row.echo(min(echoed, LONGEST)) if echoed else [])
+    return found[: row.limit - len(row.ids) - 1]
 
 
 class _Network:
@@ -176,7 +190,7 @@ class _Network:
         wanted = [n <= row.drafted for row in rows for n in range(len(row.pending) - 1, -1, -1)]
         output = self.network(
             **self._inputs(ids),
-            position_ids=torch.cat([cohort.position for cohort in cohorts])[None],
+            position_ids=torch.cat([cohort.on(self.device).position for cohort in cohorts])[None],
             use_cache=False,
             logits_to_keep=torch.tensor(wanted, device=self.device).nonzero().squeeze(1),
             cohorts=cohorts,

@@ -69,6 +69,10 @@ class Row:
     draws: list[float] = field(default_factory=list)
     retrieved: list[Retrieved] = field(default_factory=list)
     segments: list[Segment] = field(default_factory=list)  # of what is fed or pending, where attention is sparse
+    prompt: list[int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.prompt = self.pending
 
     def since(self, parting: Collection[int]) -> list[int]:
         """The first position that each pending token may look at; `parting` are planning tokens that part segments."""
@@ -80,6 +84,17 @@ class Row:
     def take(self, one: Taken) -> None:
         self.ids.append(one.token)
         self.taken.append(one)
+
+    def echo(self, most: int) -> list[int]:
+        """`most` tokens that follow if it goes on as where the last two were read before, if they were.
+
+        Names of the question come again, and so do loops (prompt lookup, `prompt_lookup_num_tokens` in Transformers).
+        """
+        read = self.prompt + self.ids
+        for at in range(len(read) - 1, 1, -1):
+            if read[at - 1] == read[-1] and read[at - 2] == read[-2]:
+                return (read[at:] * most)[:most]
+        return []
 
     def fill(self, ids: Sequence[int], tables: Sequence[Mapping[int, float]], eos: int) -> None:
         """Take what another engine generated, as far as the row goes. `tables`: log-probabilities, by id, of each token

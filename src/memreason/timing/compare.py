@@ -26,6 +26,7 @@ from memreason.timing.table import table
 __all__ = ["Settings", "bench"]
 
 Figures = dict[str, Any]
+LOOKUP = 8  # tokens that `generate` may draft from what it read, which it can at batch 1 alone: ours does so too
 TRIED = 4  # examples of a step by which the baseline's best setting is found
 
 
@@ -169,6 +170,7 @@ def _evaluation(settings: Settings, dtype: str) -> dict[str, list[Figures]]:
     jobs: dict[str, tuple[str, Figures]] = {
         "memreason": ("eval_memreason", shared),
         "generate one by one, fp32": ("eval_transformers", one_by_one),
+        "generate with prompt lookup, batch 1, fp32": ("eval_transformers", one_by_one | {"lookup": LOOKUP}),
     }
     if settings.vllm_python:
         if not _vllm_answers(shared).exists():  # its cache of compiled code is filled, which later starts find

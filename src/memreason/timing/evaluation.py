@@ -51,7 +51,10 @@ def eval_memreason(spec: Spec) -> Figures:
 
 
 def eval_transformers(spec: Spec) -> Figures:
-    """`generate` of Transformers on the merged model: batches of `batch_size` prompts of similar length."""
+    """`generate` of Transformers on the merged model: batches of `batch_size` prompts of similar length.
+
+    `lookup`, of one at a time: tokens drafted by prompt lookup.
+    """
     loaded = load_checkpoint(spec["run"])
     asked = prompts(loaded.codec, _questions(spec, loaded.recipe))
     model = AutoModelForCausalLM.from_pretrained(
@@ -74,6 +77,7 @@ def eval_transformers(spec: Spec) -> Figures:
                 do_sample=False,
                 eos_token_id=eos,
                 pad_token_id=eos,
+                prompt_lookup_num_tokens=spec.get("lookup"),
             )
             for n, row in zip(batch, out[:, longest:].tolist(), strict=True):
                 answers[n] = row[: row.index(eos) + 1] if eos in row else row

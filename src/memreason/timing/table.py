@@ -34,6 +34,7 @@ ROWS = (
     Compared("training", TRAINING, "TRL", "tokens_per_second", "4", "6"),
     Compared("training", "training, peak memory", "plain loop", "peak_memory", "1.0", "1.7", less=True),
     Compared("evaluation", EVALUATION, "generate one by one", "questions_per_second", "40", "100"),
+    Compared("evaluation", EVALUATION, "generate with prompt lookup", "questions_per_second", "", ""),
     Compared("evaluation", EVALUATION, "generate sorted", "questions_per_second", "1.8", "3"),
     Compared("evaluation", "evaluation, wall clock, s", "vLLM", "wall_seconds", "1.5", "3", less=True),
     Compared("evaluation", "evaluation, tokens/s", "vLLM", "tokens_per_second", "0.5", "1.0"),
