@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache, partial
+from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -29,26 +30,26 @@ def laid_out(model: nn.Module) -> Iterator[None]:
     Meanwhile a matrix that no other layer shares is its blocks alone, and reads as nan: nothing is held twice.
     """
     shared = Counter(id(own) for module in model.modules() for own in module._parameters.values())
-    layers = [module for module in model.modules() if _takes_blocks(module)]
+    layers: list[nn.Linear] = [module for module in model.modules() if _takes_blocks(module)]
     blocks: list[Tensor] = []
     try:
         with torch.inference_mode(False), torch.no_grad():
             for layer in layers:
                 weight = layer.weight
                 blocks.append(_blocks(weight.detach()))
-                layer.forward = partial(_product, blocks[-1], layer.bias)
+                vars(layer)["forward"] = partial(_product, blocks[-1], layer.bias)
                 if shared[id(weight)] == 1:
                     weight.data = weight.new_full((), torch.nan).expand(weight.shape)
         yield
     finally:
         with torch.inference_mode(False), torch.no_grad():
             for layer, laid in zip(layers, blocks, strict=False):
-                layer.__dict__.pop("forward", None)
+                vars(layer).pop("forward", None)
                 if shared[id(layer.weight)] == 1:
                     layer.weight.data = laid.to_dense()
 
 
-def _takes_blocks(module: nn.Module) -> bool:
+def _takes_blocks(module: nn.Module) -> TypeGuard[nn.Linear]:
     """Not so what another class computes, what is split over processes, and what someone else has hooked already."""
     return (
         type(module) is nn.Linear

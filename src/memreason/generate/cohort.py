@@ -148,19 +148,20 @@ def _attend(module: Any, query: Tensor, key: Tensor, value: Tensor, _mask: Any, 
         own = slice(start, start := start + cohort.count)
         at, masks = cohort.on(query.device), cohort.seen(settings.get("sliding_window"), query)
         memory = cohort.remember(module.layer_idx, key[own], value[own])
-        parts = [_of(group, query[own], *memory, mask, cap) for group, mask in zip(at.groups, masks, strict=True)]
+        parts = [_of(group, query[own], memory, mask, cap) for group, mask in zip(at.groups, masks, strict=True)]
         found.append(parts[0] if len(parts) == 1 else torch.cat(parts).index_select(0, at.found))
     return torch.cat(found)[None], None
 
 
-def _of(group: Group, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, cap: float | None) -> Tensor:
+def _of(group: Group, query: Tensor, memory: tuple[Tensor, Tensor], mask: Tensor, cap: float | None) -> Tensor:
     """What a group's tokens of a cohort's queries (tokens, heads, width) find."""
     if group.rows is not None:  # index_select copies a row as a whole, [] number by number
-        keys, values = keys.index_select(0, group.rows), values.index_select(0, group.rows)
+        memory = memory[0].index_select(0, group.rows), memory[1].index_select(0, group.rows)
     if len(group.tokens) < len(query):
         query = query.index_select(0, group.tokens)
-    padded = _padded(query, group, len(keys)).view(len(keys), group.most, *query.shape[1:])
-    found = _weigh(padded, keys, values, mask, cap).flatten(0, 1)
+    rows = len(memory[0])
+    padded = _padded(query, group, rows).view(rows, group.most, *query.shape[1:])
+    found = _weigh(padded, *memory, mask, cap).flatten(0, 1)
     return found if group.slots is None else found.index_select(0, group.slots)
 
 
