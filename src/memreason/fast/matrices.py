@@ -56,6 +56,7 @@ def _takes_blocks(module: nn.Module) -> TypeGuard[nn.Linear]:
         and type(module.weight.data) is Tensor
         and module.weight.device.type == "cpu"
         and module.weight.is_floating_point()
+        and module.weight.shape == (module.out_features, module.in_features)
         and "forward" not in vars(module)
         and _has_blocks(module.weight.dtype)
     )

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import StoppingCriteriaList
 
 from memreason.core.stages import EvalRecipe
+from memreason.fast.matrices import laid_out
 from memreason.finetune.methods import merged, network_of
 from memreason.generate.choose import take
 from memreason.generate.rows import Row
@@ -30,7 +31,7 @@ def generate_plainly(
         "model-default": {},
         "sample": {"do_sample": True, "temperature": settings.temperature, "top_p": settings.top_p, "top_k": 0},
     }
-    with merged(model), torch.inference_mode(), torch.random.fork_rng():
+    with merged(model), laid_out(model), torch.inference_mode(), torch.random.fork_rng():
         torch.manual_seed(settings.seed)
         while waiting or more():
             batch = [waiting.popleft() for _ in range(min(BATCH, len(waiting)))]
