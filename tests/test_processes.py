@@ -135,7 +135,7 @@ def test_killed_evaluation_goes_on_where_it_was(tmp_path: Path) -> None:
     shutil.copytree(checkpoint, tmp_path / "two")
     whole = json.loads(json.dumps(pipeline.evaluate(tmp_path / "two")))
     with memreason("eval", str(checkpoint)) as process:
-        wait_until(lambda: any(p.stat().st_size for p in checkpoint.glob("eval/*/samples.jsonl")), process)
+        wait_until(lambda: any(p.read_text().count("\n") > 1 for p in checkpoint.glob("eval/*/samples.jsonl")), process)
         process.send_signal(signal.SIGKILL)
     (samples,) = checkpoint.glob("eval/*/samples.jsonl")
     kept = [line for line in samples.read_text().splitlines(keepends=True) if line.endswith("\n")]
