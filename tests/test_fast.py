@@ -273,25 +273,29 @@ def fluent(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return load_checkpoint(pipeline.train(recipe))
 
 
-@pytest.mark.parametrize("decoding", ["greedy", "sample"])
-def test_drafts_change_no_token(fluent: Any, decoding: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    questions = [trace.question for trace in own_traces(12)]
-    passes = 0
+def counted_passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Grows by the number of cohorts in each pass of the engine."""
+    passes: list[int] = []
     scores = engine._Network.scores
 
     def counted(network: Any, cohorts: Any) -> Any:
-        nonlocal passes
-        passes += 1
+        passes.append(len(cohorts))
         return scores(network, cohorts)
 
     monkeypatch.setattr(engine._Network, "scores", counted)
+    return passes
+
+
+@pytest.mark.parametrize("decoding", ["greedy", "sample"])
+def test_drafts_change_no_token(fluent: Any, decoding: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    questions = [trace.question for trace in own_traces(12)]
+    passes = counted_passes(monkeypatch)
 
     def answers(limit: int) -> tuple[dict[Any, Any], int]:
-        nonlocal passes
-        passes = 0
+        passes.clear()
         settings = EvalRecipe(batch_size=5, max_new_tokens=limit, decoding=decoding, n_samples=2)
         made = [g for batch in generate(fluent.model, fluent.codec, questions, settings) for g in batch]
-        return {(g.question.id, g.sample): (g.ids, g.logprobs) for g in made}, passes
+        return {(g.question.id, g.sample): (g.ids, g.logprobs) for g in made}, len(passes)
 
     drafts, limits = engine.drafts_of, (1, 2, 5, 200)
     with_drafts = [answers(limit) for limit in limits]
@@ -314,27 +318,19 @@ def test_what_is_repeated_is_drafted_and_changes_no_token(
     fluent: Any, wrong: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     questions = [trace.question for trace in own_traces(4)]
-    passes = 0
-    scores, echo = engine._Network.scores, Row.echo
-
-    def counted(network: Any, cohorts: Any) -> Any:
-        nonlocal passes
-        passes += 1
-        return scores(network, cohorts)
+    passes, echo = counted_passes(monkeypatch), Row.echo
 
     def answers(most: int) -> list[list[int]]:
-        nonlocal passes
-        passes = 0
+        passes.clear()
         monkeypatch.setattr(engine, "ECHOED", most)
         settings = EvalRecipe(batch_size=4, max_new_tokens=150)
         return [g.ids for batch in generate(fluent.model, fluent.codec, questions, settings) for g in batch]
 
-    monkeypatch.setattr(engine._Network, "scores", counted)
     if wrong:
         monkeypatch.setattr(Row, "echo", lambda row, most: [one + 1 for one in echo(row, most)])
-    plain, without = answers(0), passes
+    plain, without = answers(0), len(passes)
     assert answers(32) == plain
-    assert passes < 0.9 * without or wrong
+    assert len(passes) < 0.9 * without or wrong
 
 
 def test_an_echo_is_what_stood_behind_the_last_two_tokens() -> None:
@@ -348,7 +344,7 @@ def test_an_echo_is_what_stood_behind_the_last_two_tokens() -> None:
     assert row.echo(3) == [7, 7, 7]
 
 
-@pytest.mark.parametrize("size", [64, 65, 127, 300])
+@pytest.mark.parametrize("size", [1, 5, 64, 65, 127, 300])
 def test_the_largest_logit_is_argmax(size: int) -> None:
     logits = torch.randint(0, 40, (50, size), generator=torch.Generator().manual_seed(0)).float()  # many are equal
     assert torch.equal(_largest(logits), logits.argmax(dim=-1))

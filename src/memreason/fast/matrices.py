@@ -43,8 +43,9 @@ def laid_out(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         with torch.inference_mode(False), torch.no_grad():
-            for layer, laid in zip(layers, blocks, strict=False):
+            for layer in reversed(layers[: len(blocks)]):
                 vars(layer).pop("forward", None)
+                laid = blocks.pop()
                 if shared[id(layer.weight)] == 1:
                     layer.weight.data = laid.to_dense()
 

@@ -49,9 +49,10 @@ def _largest(logits: Tensor) -> Tensor:
     On a CPU argmax looks at number after number, amax at many at once: first the run in which it stands is found.
     """
     size = logits.shape[1]
-    runs = torch.cat([logits.unfold(1, RUN, RUN).amax(dim=-1), logits[:, -RUN:].amax(dim=-1, keepdim=True)], dim=1)
-    start = (runs.argmax(dim=-1) * RUN).clamp(max=size - RUN)
-    return start + logits.gather(1, start[:, None] + torch.arange(RUN, device=start.device)).argmax(dim=-1)
+    run = min(RUN, size)
+    runs = torch.cat([logits.unfold(1, run, run).amax(dim=-1), logits[:, -run:].amax(dim=-1, keepdim=True)], dim=1)
+    start = (runs.argmax(dim=-1) * run).clamp(max=size - run)
+    return start + logits.gather(1, start[:, None] + torch.arange(run, device=start.device)).argmax(dim=-1)
 
 
 class Taken(NamedTuple):

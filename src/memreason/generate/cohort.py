@@ -18,7 +18,7 @@ GROWTH = 32  # positions by which a cohort's memory grows
 FEW = 64  # queries that are attended sooner than a second product is begun
 
 
-class Group(NamedTuple):
+class Batch(NamedTuple):
     """Pending tokens that are attended in one product of `most` queries a row: their places among all of the cohort's
     (tokens,), `slots` for them among rows x most (None: all are taken, in order), and the rows (None: all)."""
 
@@ -30,13 +30,13 @@ class Group(NamedTuple):
 
 class Places(NamedTuple):
     """Where the pending tokens of a pass stand, each (tokens,): row, position, the first position that it sees, and its
-    place among what the groups find one after another."""
+    place among what the batches find one after another."""
 
     row: Tensor
     position: Tensor
     since: Tensor
     found: Tensor
-    groups: tuple[Group, ...]
+    batches: tuple[Batch, ...]
 
 
 class Cohort:
@@ -60,9 +60,9 @@ class Cohort:
         row = torch.repeat_interleave(torch.tensor(counts))
         place = torch.tensor([n for count in counts for n in range(count)])
         since = [first for row in self.rows for first in row.since(self.parting)] if self.parting else [0] * self.count
-        groups = _groups(torch.tensor(counts), row, place)
-        found = torch.cat([group.tokens for group in groups]).argsort()
-        places = Places(row, fed[row] + place, torch.tensor(since), found, groups)
+        batches = _batches(torch.tensor(counts), row, place)
+        found = torch.cat([batch.tokens for batch in batches]).argsort()
+        places = Places(row, fed[row] + place, torch.tensor(since), found, batches)
         self.there = {torch.device("cpu"): places}
         self.masks: dict[tuple[int | None, torch.device], list[Tensor]] = {}
 
@@ -73,16 +73,16 @@ class Cohort:
         return self.there[device]
 
     def seen(self, window: int | None, like: Tensor) -> list[Tensor]:
-        """For each group (rows, 1, most, room): 0 for keys up to the query's own, inside the window if there is one."""
+        """For each batch (rows, 1, most, room): 0 for keys up to the query's own, inside the window if there is one."""
         name = window, like.device
         if name not in self.masks:
-            self.masks[name] = [self._mask(group, window, like) for group in self.on(like.device).groups]
+            self.masks[name] = [self._mask(batch, window, like) for batch in self.on(like.device).batches]
         return self.masks[name]
 
-    def _mask(self, group: Group, window: int | None, like: Tensor) -> Tensor:
-        at, count = self.on(like.device), len(self.rows) if group.rows is None else len(group.rows)
+    def _mask(self, batch: Batch, window: int | None, like: Tensor) -> Tensor:
+        at, count = self.on(like.device), len(self.rows) if batch.rows is None else len(batch.rows)
         own, since = (
-            _padded(of[group.tokens], group, count).view(count, 1, group.most, 1) for of in (at.position, at.since)
+            _padded(of[batch.tokens], batch, count).view(count, 1, batch.most, 1) for of in (at.position, at.since)
         )
         keys = torch.arange(self.room, device=like.device)
         hidden = (keys > own) | (keys < since)
@@ -118,24 +118,24 @@ class Cohort:
                 tensor[hole, :, : last.fed] = tensor[len(self.rows), :, : last.fed]
 
 
-def _groups(counts: Tensor, row: Tensor, place: Tensor) -> tuple[Group, ...]:
+def _batches(counts: Tensor, row: Tensor, place: Tensor) -> tuple[Batch, ...]:
     """All in one, or the first token of each row apart from the others.
 
     Nearly every row has one token: a product over as many as the few longer ones have would be mostly padding.
     """
     most, rows = int(counts.max()), len(counts)
     if most == 1 or rows * most <= max(FEW, 2 * len(row)):
-        return (Group(torch.arange(len(row)), None if rows * most == len(row) else row * most + place, None, most),)
+        return (Batch(torch.arange(len(row)), None if rows * most == len(row) else row * most + place, None, most),)
     longer, others = (counts > 1).nonzero().squeeze(1), place.nonzero().squeeze(1)
     slots = torch.searchsorted(longer, row[others]) * (most - 1) + place[others] - 1
-    return Group((place == 0).nonzero().squeeze(1), None, None, 1), Group(others, slots, longer, most - 1)
+    return Batch((place == 0).nonzero().squeeze(1), None, None, 1), Batch(others, slots, longer, most - 1)
 
 
-def _padded(own: Tensor, group: Group, count: int) -> Tensor:
-    """(tokens of the group, ...) -> (rows x most, ...)."""
-    if group.slots is None:
+def _padded(own: Tensor, batch: Batch, count: int) -> Tensor:
+    """(tokens of the batch, ...) -> (rows x most, ...). Padding is zero: as a position, the first, which sees itself."""
+    if batch.slots is None:
         return own
-    return own.new_zeros(count * group.most, *own.shape[1:]).index_copy_(0, group.slots, own)
+    return own.new_zeros(count * batch.most, *own.shape[1:]).index_copy_(0, batch.slots, own)
 
 
 def _attend(module: Any, query: Tensor, key: Tensor, value: Tensor, _mask: Any, **settings: Any) -> tuple[Tensor, None]:
@@ -148,21 +148,21 @@ def _attend(module: Any, query: Tensor, key: Tensor, value: Tensor, _mask: Any, 
         own = slice(start, start := start + cohort.count)
         at, masks = cohort.on(query.device), cohort.seen(settings.get("sliding_window"), query)
         memory = cohort.remember(module.layer_idx, key[own], value[own])
-        parts = [_of(group, query[own], memory, mask, cap) for group, mask in zip(at.groups, masks, strict=True)]
+        parts = [_of(batch, query[own], memory, mask, cap) for batch, mask in zip(at.batches, masks, strict=True)]
         found.append(parts[0] if len(parts) == 1 else torch.cat(parts).index_select(0, at.found))
     return torch.cat(found)[None], None
 
 
-def _of(group: Group, query: Tensor, memory: tuple[Tensor, Tensor], mask: Tensor, cap: float | None) -> Tensor:
-    """What a group's tokens of a cohort's queries (tokens, heads, width) find."""
-    if group.rows is not None:  # index_select copies a row as a whole, [] number by number
-        memory = memory[0].index_select(0, group.rows), memory[1].index_select(0, group.rows)
-    if len(group.tokens) < len(query):
-        query = query.index_select(0, group.tokens)
+def _of(batch: Batch, query: Tensor, memory: tuple[Tensor, Tensor], mask: Tensor, cap: float | None) -> Tensor:
+    """What a batch's tokens of a cohort's queries (tokens, heads, width) find."""
+    if batch.rows is not None:  # index_select copies a row as a whole, [] number by number
+        memory = memory[0].index_select(0, batch.rows), memory[1].index_select(0, batch.rows)
+    if len(batch.tokens) < len(query):
+        query = query.index_select(0, batch.tokens)
     rows = len(memory[0])
-    padded = _padded(query, group, rows).view(rows, group.most, *query.shape[1:])
+    padded = _padded(query, batch, rows).view(rows, batch.most, *query.shape[1:])
     found = _weigh(padded, *memory, mask, cap).flatten(0, 1)
-    return found if group.slots is None else found.index_select(0, group.slots)
+    return found if batch.slots is None else found.index_select(0, batch.slots)
 
 
 def _weigh(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, cap: float | None) -> Tensor:

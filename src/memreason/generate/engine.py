@@ -72,7 +72,8 @@ def decode(
         while waiting or cohorts or more():
             _admit(cohorts, waiting, settings.batch_size, network)
             ended: list[Row] = []
-            follow = partial(_follow, drafts, ECHOED // max(1, sum(len(cohort.rows) for cohort in cohorts)))
+            rows = sum(len(cohort.rows) for cohort in cohorts)
+            follow = partial(_follow, drafts, min(LONGEST, ECHOED // max(1, rows)))  # `more` may have brought none
             for cohort, scores in zip(cohorts, network.scores(cohorts), strict=True):
                 ended += _advance(cohort, scores, choose, follow, calculate, codec.eos_id)
             cohorts = [cohort for cohort in cohorts if cohort.rows]
@@ -156,7 +157,7 @@ def _advance(
 
 def _follow(drafts: dict[int, list[int]], echoed: int, row: Row) -> list[int]:
     """What is drafted behind a row's last token."""
-    found = drafts.get(row.ids[-1]) or (row.echo(min(echoed, LONGEST)) if echoed else [])
+    found = drafts.get(row.ids[-1]) or (row.echo(echoed) if echoed else [])
     return found[: row.limit - len(row.ids) - 1]
 
 

@@ -76,7 +76,6 @@ def _passes(
     read = _reader(codec, threshold)
     behind = codec.block(PREFIX, MEMORY) if precede else ()
     enough = settings.batch_size if more is None else 1
-    prompts: dict[int, list[int]] = {}  # of rows that have begun, by id()
     ready: deque[Row] = deque()
     stopped: list[tuple[Row, _Line]] = []
     finished: list[Row] = []
@@ -84,7 +83,6 @@ def _passes(
     def begin() -> None:
         while waiting:
             row = waiting.popleft()
-            prompts[id(row)] = row.pending
             row.until = partial(_stops, read, row, row.until)
             ready.append(row)
 
@@ -92,7 +90,7 @@ def _passes(
         found = search([(row.question, line.text) for row, line in stopped]) if stopped else ()
         for (row, line), one in zip(stopped, found, strict=True):
             _put(codec, row, line, one, behind)
-            row.pending, row.fed, row.drafted = prompts[id(row)] + row.ids, 0, 0
+            row.pending, row.fed, row.drafted = row.prompt + row.ids, 0, 0
             (finished.append if row.over(codec.eos_id) else ready.appendleft)(row)
         stopped.clear()
         begin()
@@ -110,8 +108,6 @@ def _passes(
                 finished += [] if line else [row]
             if len(stopped) * 4 >= enough:
                 resume()
-            for row in finished:
-                del prompts[id(row)]
             yield [*finished]
             finished.clear()
             begin()
