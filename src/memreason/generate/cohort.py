@@ -132,7 +132,7 @@ def _batches(counts: Tensor, row: Tensor, place: Tensor) -> tuple[Batch, ...]:
 
 
 def _padded(own: Tensor, batch: Batch, count: int) -> Tensor:
-    """(tokens of the batch, ...) -> (rows x most, ...). Padding is zero: as a position, the first, which sees itself."""
+    """(tokens, ...) -> (rows x most, ...). Padding is zero; as a position that is the first, which sees itself."""
     if batch.slots is None:
         return own
     return own.new_zeros(count * batch.most, *own.shape[1:]).index_copy_(0, batch.slots, own)
