@@ -17,7 +17,7 @@ from conftest import own_traces, save_base, tiny_recipe
 from memreason import pipeline
 from memreason.core.stages import EvalRecipe
 from memreason.finetune.checkpoint import Checkpoint
-from memreason.generate.engine import decode
+from memreason.generate.decode import decode
 from memreason.serve.app import Service, make_app
 from memreason.serve.guard import Guard, policy
 from memreason.serve.live import Live

@@ -95,13 +95,13 @@ def test_only_lines_that_can_be_checked_count(byte_codec: Codec) -> None:
     assert confidence_table([sample(byte_codec, unknown, [-0.1])]) is None
 
 
-@pytest.mark.parametrize("rows", [1, 5])
+@pytest.mark.parametrize("rows", [1, 5, 40])
 def test_entropy_and_margin_of_a_token(rows: int) -> None:
     torch.manual_seed(rows)
     logits = torch.randn(rows, 40) * 3
     chosen = torch.randint(0, 40, (rows,))
     probabilities = logits.double().softmax(dim=-1)
-    for n, one in enumerate(take(logits.clone(), (), lambda logits, points: chosen)):
+    for n, one in enumerate(take(logits.clone(), chosen.tolist(), lambda _, points: torch.tensor(points))):
         mine = probabilities[n]
         other = float(mine[torch.arange(40) != chosen[n]].max())
         assert one.token == int(chosen[n])

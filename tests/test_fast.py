@@ -41,7 +41,7 @@ from memreason.fast.rows import RowLayer, row_layers
 from memreason.finetune import trainer
 from memreason.finetune.checkpoint import load_checkpoint
 from memreason.finetune.methods import merged, network_of
-from memreason.generate import engine
+from memreason.generate import decode, engine
 from memreason.generate.choose import _largest, take
 from memreason.generate.engines import generate
 from memreason.generate.rows import Row
@@ -221,7 +221,7 @@ def test_what_cannot_be_packed_or_be_headless_is_known() -> None:
     able = {name: packs(family(name, 300)) for name in FAMILIES}
     unable = ("gpt2", "mistral", "gemma2", "lfm2", "bloom")  # dropout, windows, windows, convolutions, ALiBi
     assert able == {**dict.fromkeys(FAMILIES, True), **dict.fromkeys(unable, False)}
-    fed = {name: engine._feeds(family(name, 300)) for name in FAMILIES}
+    fed = {name: decode._feeds(family(name, 300)) for name in FAMILIES}
     assert fed == {**dict.fromkeys(FAMILIES, True), "lfm2": False, "bloom": False}
     heads = {name: takes_hidden_states(family(name, 300)) for name in FAMILIES}
     assert heads == {**dict.fromkeys(FAMILIES, True), "gemma2": False}
@@ -276,13 +276,13 @@ def fluent(tmp_path_factory: pytest.TempPathFactory) -> Any:
 def counted_passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Grows by the number of cohorts in each pass of the engine."""
     passes: list[int] = []
-    scores = engine._Network.scores
+    scores = engine.Network.scores
 
     def counted(network: Any, cohorts: Any) -> Any:
         passes.append(len(cohorts))
         return scores(network, cohorts)
 
-    monkeypatch.setattr(engine._Network, "scores", counted)
+    monkeypatch.setattr(engine.Network, "scores", counted)
     return passes
 
 
@@ -354,7 +354,7 @@ def test_figures_of_a_token_are_those_of_its_distribution() -> None:
     logits = torch.randn(3, 300, generator=torch.Generator().manual_seed(0)) * 4
     chosen = torch.tensor([5, 200, int(logits[2].argmax())])
     shares = logits.double().softmax(dim=-1)
-    for n, one in enumerate(take(logits, (), lambda _, points: chosen)):
+    for n, one in enumerate(take(logits, chosen.tolist(), lambda _, points: torch.tensor(points))):
         share, others = shares[n, chosen[n]], shares[n].clone()
         others[chosen[n]] = 0
         assert one.token == chosen[n]

@@ -27,7 +27,7 @@ from memreason.core.trace import Question, Step, Trace
 from memreason.finetune.checkpoint import load_checkpoint
 from memreason.finetune.imported import import_checkpoint
 from memreason.finetune.unpickle import read_layer, read_tensors
-from memreason.generate.engine import decode
+from memreason.generate.decode import decode
 from memreason.generate.rows import start
 from memreason.publish.export import write_model
 from memreason.publish.merge import merge

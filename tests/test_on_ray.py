@@ -35,7 +35,7 @@ from memreason.finetune.checkpoint import load_checkpoint, open_checkpoint, save
 from memreason.finetune.methods import trainable
 from memreason.generate import engines
 from memreason.generate.cluster import reason, share_of
-from memreason.generate.engine import decode
+from memreason.generate.decode import decode
 from memreason.generate.engines import generate
 from memreason.generate.on_ray import _job, _shards, _Worker
 from memreason.generate.rows import Engine, Row

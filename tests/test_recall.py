@@ -24,7 +24,7 @@ from memreason.encode.examples import collate, encode_trace
 from memreason.encode.pieces import IGNORED
 from memreason.encode.scheme import TokenScheme
 from memreason.encode.vocab import add_rows, add_tokens
-from memreason.generate import engine
+from memreason.generate import decode
 from memreason.generate.answer import answer_questions, read_samples
 from memreason.generate.choose import Taken
 from memreason.generate.engines import generate
@@ -188,7 +188,7 @@ def test_only_unsure_lines_are_replaced(fluent: Fluent) -> None:
 def test_models_that_transformers_decodes_are_served_too(fluent: Fluent, monkeypatch: pytest.MonkeyPatch) -> None:
     search = scripted("Mars is in space.")
     expected = {key: (one.ids, one.retrieved[0].place) for key, one in fluent.answer(search, math.inf).items()}
-    monkeypatch.setattr(engine, "_feeds", lambda network: False)
+    monkeypatch.setattr(decode, "_feeds", lambda network: False)
     made = fluent.answer(search, math.inf)
     assert {key: (one.ids, one.retrieved[0].place) for key, one in made.items()} == expected
 

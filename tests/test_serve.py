@@ -28,7 +28,7 @@ from memreason.core.errors import RetrieverError
 from memreason.core.files import read_traces
 from memreason.core.trace import Question, Step, Trace
 from memreason.finetune.checkpoint import Checkpoint, load_checkpoint
-from memreason.generate import engine
+from memreason.generate import decode, engine
 from memreason.generate.answer import answer_questions
 from memreason.generate.onward import begun_ids, continue_traces
 from memreason.generate.recall import retrieving
@@ -181,7 +181,7 @@ def test_a_search_that_fails_is_said_and_the_next_is_answered(checkpoint: Checkp
 def test_models_that_transformers_decodes_stream_too(
     trained: Path, expected: dict[str, Trace], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine, "_feeds", lambda network: False)
+    monkeypatch.setattr(decode, "_feeds", lambda network: False)
     with serving(load_checkpoint(trained), tmp_path) as server:
         events = server.events("/ask", asked(KNOWN[0]))
         with ThreadPoolExecutor(3) as pool:
@@ -206,13 +206,13 @@ class Held:
 
     def __init__(self, server: Served, monkeypatch: pytest.MonkeyPatch) -> None:
         server.events("/ask", asked(KNOWN[0]))  # the engine has tried the model by now
-        self.free, scores = threading.Event(), engine._Network.scores
+        self.free, scores = threading.Event(), engine.Network.scores
 
         def held(network: Any, cohorts: Any) -> Any:
             self.free.wait(20)
             return scores(network, cohorts)
 
-        monkeypatch.setattr(engine._Network, "scores", held)
+        monkeypatch.setattr(engine.Network, "scores", held)
 
 
 def until(true: Callable[[], Any]) -> bool:
@@ -275,7 +275,7 @@ def test_a_model_that_fails_tells_its_clients_and_goes_on(
         def fail(*_: Any) -> Any:
             raise RuntimeError("no memory")
 
-        broken.setattr(engine._Network, "scores", fail)
+        broken.setattr(engine.Network, "scores", fail)
         *_, last = server.events("/ask", asked(KNOWN[0]))
         assert last["done"] and "no memory" in last["error"]
         broken.undo()

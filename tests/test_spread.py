@@ -18,7 +18,7 @@ from memreason.core.stages import EvalRecipe
 from memreason.core.trace import Question
 from memreason.finetune.checkpoint import load_checkpoint
 from memreason.finetune.spread import is_spread, places_of
-from memreason.generate.cohort import Cohort, _attend
+from memreason.generate.engine import Cohort, _attend
 from memreason.generate.rows import Row
 
 LITTLE = {"untied": "185KB", "tied": "130KB"}  # of memory: embeddings and one of two layers at a time

@@ -79,7 +79,7 @@ def serve(
     import torch
 
     from memreason.finetune.checkpoint import load_checkpoint
-    from memreason.generate.engine import decode
+    from memreason.generate.decode import decode
     from memreason.retrieve.outside import outside
     from memreason.serve.app import Service, make_app
     from memreason.serve.guard import Guard, policy

@@ -37,7 +37,7 @@ from memreason.finetune.spread import is_spread
 from memreason.finetune.train import train as run_trainer
 from memreason.finetune.train import training_arguments
 from memreason.generate.answer import answer_questions, read_samples
-from memreason.generate.engine import refuse_unfed
+from memreason.generate.decode import refuse_unfed
 from memreason.measure.confidence import confidence_table
 from memreason.measure.score import score_trace
 from memreason.measure.stats import summarise

@@ -15,6 +15,7 @@ from memreason.encode.scheme import ANSWER, PREFIX
 __all__ = ["Choose", "Taken", "chooser", "drafts_of", "take"]
 
 RUN = 64  # numbers of a row of logits that are compared at once
+ROWS = 16  # of logits that are looked at together: their fp32 copies stay in the cache
 Choose = Callable[[Tensor, Sequence[float]], Tensor]
 
 
@@ -67,6 +68,12 @@ class Taken(NamedTuple):
 
 def take(logits: Tensor, points: Sequence[float], choose: Choose) -> Iterator[Taken]:
     """A token for each row of logits."""
+    found = [_taken(logits[n : n + ROWS], points[n : n + ROWS], choose) for n in range(0, len(logits), ROWS)]
+    return map(Taken, *(torch.cat(column).tolist() for column in zip(*found, strict=True)))
+
+
+def _taken(logits: Tensor, points: Sequence[float], choose: Choose) -> tuple[Tensor, ...]:
+    """Tokens, log-probabilities, entropies, margins: each (rows,)."""
     logits = logits.float()  # the largest of bf16 numbers takes five times as long to find
     chosen = choose(logits, points)
     shares, at = logits.softmax(dim=-1), chosen[:, None]
@@ -74,7 +81,7 @@ def take(logits: Tensor, points: Sequence[float], choose: Choose) -> Iterator[Ta
     logprob = logits.gather(1, at).squeeze(1) - total
     entropy = total - torch.linalg.vecdot(shares, logits)
     margin = shares.gather(1, at).squeeze(1) - shares.scatter_(1, at, 0).amax(dim=-1)
-    return map(Taken, chosen.tolist(), logprob.tolist(), entropy.tolist(), margin.tolist())
+    return chosen, logprob, entropy, margin
 
 
 def drafts_of(codec: Codec) -> dict[int, list[int]]:

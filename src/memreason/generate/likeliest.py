@@ -21,7 +21,7 @@ from memreason.encode.free import answers_of, reply_end, says_answer
 from memreason.fast.attention import attending
 from memreason.finetune.methods import network_of
 from memreason.generate.choose import Taken
-from memreason.generate.engine import decode
+from memreason.generate.decode import decode
 from memreason.generate.rows import Row
 
 __all__ = ["decode_and_name"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -51,7 +50,7 @@ def _answer(model: Any, rows: list[Row], eos: int, way: dict[str, Any]) -> None:
         logits[:] = [output.logits[:, -1].to(device, copy=True)]  # the whole of it would be kept with a part
 
     def which_ended(ids: Tensor, scores: Any, **_: Any) -> Tensor:
-        for place, one in enumerate(take(logits[0], (), partial(_chosen, ids[:, -1]))):
+        for place, one in enumerate(take(logits[0], ids[:, -1].tolist(), _given)):
             if not done[place]:
                 rows[place].take(one)
                 done[place] = rows[place].ended(eos)
@@ -74,6 +73,6 @@ def _answer(model: Any, rows: list[Row], eos: int, way: dict[str, Any]) -> None:
         hook.remove()
 
 
-def _chosen(made: Tensor, logits: Tensor, points: Sequence[float]) -> Tensor:
-    """What Transformers chose already."""
-    return made
+def _given(logits: Tensor, tokens: Sequence[float]) -> Tensor:
+    """What Transformers chose already, in the place of random numbers."""
+    return torch.tensor(tokens, device=logits.device)

@@ -21,7 +21,7 @@ from memreason.core.trace import MEMORY, Question
 from memreason.encode.codec import Codec
 from memreason.encode.scheme import PREFIX
 from memreason.generate.choose import Taken
-from memreason.generate.engine import decode
+from memreason.generate.decode import decode
 from memreason.generate.rows import Engine, Retrieved, Row, Until
 
 __all__ = ["FLOOR", "Found", "Search", "is_unsure", "retrieving", "sureness"]

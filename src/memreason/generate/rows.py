@@ -85,6 +85,28 @@ class Row:
         self.ids.append(one.token)
         self.taken.append(one)
 
+    def accept(self, found: Iterator[Taken], given: Given | None, eos: int) -> bool:
+        """Take what was chosen behind its sure tokens and, as long as the drafted ones are what was chosen, behind each
+        of those; and what is given behind them. Returns whether it ended: if not, its last token and such are pending.
+        """
+        sure, ended, extra = len(self.pending) - self.drafted, False, 0
+        draft, self.fed = self.pending[sure:], self.fed + sure
+        for k, one in enumerate([next(found) for _ in range(self.drafted + 1)]):
+            self.take(one)
+            extra = self.take_given(given, eos) if given else 0
+            ended = self.ended(eos)
+            if ended or extra or draft[k : k + 1] != [one.token]:
+                break
+            self.fed += 1
+        self.pending, self.drafted = self.ids[len(self.ids) - 1 - extra :], 0
+        return ended
+
+    def draft(self, following: Mapping[int, list[int]], echoed: int) -> None:
+        """Put behind what is pending the tokens that follow its last one as always, or `echoed` of what was read."""
+        likely = following.get(self.ids[-1]) or (self.echo(echoed) if echoed else [])
+        likely = likely[: self.limit - len(self.ids) - 1]
+        self.pending, self.drafted = self.pending + likely, len(likely)
+
     def echo(self, most: int) -> list[int]:
         """`most` tokens that follow if it goes on as where the last two were read before, if they were.
 

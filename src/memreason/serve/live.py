@@ -16,7 +16,7 @@ from memreason.core.trace import MEMORY, Question, Step, Trace
 from memreason.data.atlas import memory_line_true
 from memreason.encode.codec import Codec
 from memreason.generate.answer import with_sources
-from memreason.generate.engine import decode
+from memreason.generate.decode import decode
 from memreason.generate.onward import PromptCodec, begun_ids
 from memreason.generate.rows import Row, start
 from memreason.measure.confidence import line_figures
