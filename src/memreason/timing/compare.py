@@ -177,7 +177,7 @@ def _evaluation(settings: Settings, dtype: str) -> dict[str, list[Figures]]:
             _vllm({**shared, "max_new_tokens": 1}, settings)
         jobs["vLLM"] = ("vllm", shared)
     found = _turns(jobs, 1, settings)
-    best, figures = _best("eval_transformers", some, tries, "questions_per_second", settings)
+    best, figures = _best("eval_transformers", some, tries, "tokens_per_second", settings)
     return found | {f"generate sorted, {dtype}, batch {best['batch_size']}": [figures]}
 
 
@@ -200,6 +200,5 @@ def _vllm(spec: Figures, settings: Settings) -> Figures:
     wall = time.perf_counter() - start
     print(f"{wall:7.1f} s  vLLM", file=sys.stderr, flush=True)
     figures: Figures = json.loads(out.read_text(encoding="utf-8"))
-    seconds = figures["generate_seconds"]
-    rates = {"tokens_per_second": figures["tokens"] / seconds, "questions_per_second": len(figures["ids"]) / seconds}
-    return {**figures, **rates, "wall_seconds": wall, "questions": len(figures["ids"])}
+    rate = figures["tokens"] / figures["generate_seconds"]
+    return {**figures, "tokens_per_second": rate, "wall_seconds": wall, "questions": len(figures["ids"])}

@@ -90,7 +90,6 @@ def _answered(ids: list[list[int]], seconds: float) -> Figures:
         "questions": len(ids),
         "tokens": tokens,
         "seconds": seconds,
-        "questions_per_second": len(ids) / seconds,
         "tokens_per_second": tokens / seconds,
         "ids": ids,
         "peak_memory": peak_memory(),
