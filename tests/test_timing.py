@@ -16,7 +16,7 @@ def test_the_bench_times_the_same_training(tmp_path: Path) -> None:
     recipe = tiny_recipe(tmp_path, save_base(tmp_path / "base"))
     path = tmp_path / "recipe.yaml"
     path.write_text(recipe.to_yaml())
-    spec = {"recipe": str(path), "batch": 4, "steps": 3, "dtype": "fp32", "micro": 2}
+    spec = {"recipe": str(path), "batch": 4, "steps": 3, "dtype": "fp32", "micro": 2, "compile": False}
     overrides = [("train.lr_scheduler_type", "linear"), ("train.learning_rate", 1e-3)]
     ours = training.train_memreason({**spec, "overrides": overrides})
     plain = training.train_plain(spec)

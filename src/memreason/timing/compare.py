@@ -19,6 +19,7 @@ from typing import Any
 
 from memreason.core.errors import MemreasonError
 from memreason.core.files import cache_dir, file_hash, write_json
+from memreason.fast.compiling import ENOUGH, pays
 from memreason.timing import machine
 from memreason.timing.curves import curves
 from memreason.timing.table import table
@@ -27,7 +28,6 @@ __all__ = ["Settings", "bench"]
 
 Figures = dict[str, Any]
 LOOKUP = 8  # tokens that `generate` may draft from what it read, which it can at batch 1 alone: ours does so too
-TRIED = 4  # examples of a step by which the baseline's best setting is found
 
 
 @dataclass(frozen=True)
@@ -125,17 +125,17 @@ def _faster_dtype(measured: Figures) -> str:
 
 
 def _training(settings: Settings, dtype: str) -> dict[str, list[Figures]]:
-    """Ours, the plain loop and TRL at its best take turns."""
+    """Ours, the plain loop and TRL at its best take turns; the try that found its best is TRL's first turn."""
     shared = _shared_training(settings)
-    tries = [{"dtype": dtype, "micro": micro} for micro in (1, 4)]
-    short = {**shared, "steps": 2, "batch": min(settings.batch, TRIED)}
-    best, _ = _best("train_trl", short, tries, "tokens_per_second", settings)
-    jobs = {
-        "memreason": ("train_memreason", {**shared, "steps": settings.steps + 1}),
-        "plain loop": ("train_plain", {**shared, "steps": 1}),
-        f"TRL, {best['dtype']}, batch {best['micro']}": ("train_trl", {**shared, "steps": 1, **best}),
-    }
-    return _turns(jobs, settings.rounds, settings)
+    once = {**shared, "steps": 1, "dtype": dtype}
+    tries: list[Figures] = [{"micro": 1, "compile": wanted} for wanted in ((False, True) if pays(ENOUGH) else (False,))]
+    best, first = _best("train_trl", once, tries, "tokens_per_second", settings)
+    ours, plain = ("train_memreason", {**shared, "steps": settings.steps + 1}), ("train_plain", {**shared, "steps": 1})
+    found = _turns({"memreason": ours, "plain loop": plain}, 1, settings)
+    label = f"TRL, {dtype}, batch {best['micro']}{', compiled' if best['compile'] else ''}"
+    jobs = {"memreason": ours, "plain loop": plain, label: ("train_trl", {**once, **best})}
+    rest = _turns(jobs, settings.rounds - 1, settings)
+    return {name: found.get(name, [first]) + turns for name, turns in rest.items()}
 
 
 def _shared_training(settings: Settings) -> Figures:

@@ -30,19 +30,24 @@ Spec = dict[str, Any]
 Figures = dict[str, Any]
 
 
-class _Clock(TrainerCallback):  # type: ignore[misc]
-    """When each optimizer step ended, and when the first pass did, which warms up and is not counted."""
+COMPILING = 4  # passes until a model is compiled for all lengths
 
-    def __init__(self) -> None:
+
+class _Clock(TrainerCallback):  # type: ignore[misc]
+    """When each optimizer step ended, and when the first passes did, which warm up and are not counted."""
+
+    def __init__(self, warming: int = 1) -> None:
         self.ends: list[float] = []
-        self.start = 0.0
+        self.warming, self.passes, self.start = warming, 0, 0.0
 
     def on_substep_end(self, *_: Any, **__: Any) -> None:
-        self.start = self.start or time.perf_counter()
+        self.passes += 1
+        if self.passes == self.warming:
+            self.start = time.perf_counter()
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
+        self.on_substep_end()
         self.ends.append(time.perf_counter())
-        self.start = self.start or self.ends[0]
 
     @property
     def seconds(self) -> float:
@@ -64,8 +69,8 @@ def _recipe(spec: Spec, folder: str, **changes: Any) -> Recipe:
 
 
 def _trained(clock: _Clock, rows: list[Any], history: list[dict[str, Any]], spec: Spec, micro: int) -> Figures:
-    """Figures of a training job that took the rows in their order, `micro` in a pass; its first pass is left out."""
-    counted = rows[micro : spec["batch"] * spec["steps"]]
+    """Figures of a training job that took the rows in their order, `micro` in a pass; what warms up is left out."""
+    counted = rows[micro * clock.warming : spec["batch"] * spec["steps"]]
     tokens = sum(len(row["input_ids"]) for row in counted)
     return {
         "examples": len(counted),
@@ -117,13 +122,16 @@ def train_plain(spec: Spec) -> Figures:
 
 
 def train_trl(spec: Spec) -> Figures:
-    """TRL's SFTTrainer with LoRA alone (it cannot train rows on a tied head), in the precision and batch of `spec`."""
+    """TRL's SFTTrainer with LoRA alone (it cannot train rows on a tied head), in the precision and batch of `spec`.
+
+    `compile`: with `torch_compile`, which takes minutes the first time.
+    """
     from datasets import Dataset
     from peft import LoraConfig
     from trl.trainer.sft_config import SFTConfig
     from trl.trainer.sft_trainer import SFTTrainer
 
-    clock = _Clock()
+    clock = _Clock(COMPILING if spec["compile"] else 1)
     with tempfile.TemporaryDirectory() as folder:
         recipe = _recipe(spec, folder)
         ready = prepare(recipe)
@@ -137,7 +145,7 @@ def train_trl(spec: Spec) -> Figures:
             model=model,
             args=SFTConfig(
                 **_arguments(folder, spec, batch=spec["micro"], accumulation=spec["batch"] // spec["micro"]).to_dict()
-                | {"bf16": bf16, "max_length": None, "gradient_checkpointing": False}
+                | {"bf16": bf16, "max_length": None, "gradient_checkpointing": False, "torch_compile": spec["compile"]}
                 | {"dataset_kwargs": {"skip_prepare_dataset": True}}
             ),
             train_dataset=data,
