@@ -34,7 +34,7 @@ LOOKUP = 8  # tokens that `generate` may draft from what it read, which it can a
 class Settings:
     """What is measured. `run`: a trained run for the evaluations (None: training alone); `rounds`: turns of the
     trainings, whose jobs are short, an evaluation of `questions` has one; `steps`: those of ours that count, the
-    baselines take one of `batch` examples, more than the four of a pass, as a pass warms them up; `slow_questions`: of
+    baselines take one of `batch` examples, more than the passes that warm them up; `slow_questions`: of
     the questions, how many `generate` gets, in batches and at batch 1; `vllm_python`: the interpreter of an environment
     that holds vLLM (None: without it); `curves`: also those of curves.py."""
 
@@ -42,7 +42,7 @@ class Settings:
     run: Path | None = None
     out: Path = Path("bench")
     rounds: int = 2
-    steps: int = 2
+    steps: int = 1
     batch: int = 16
     questions: int = 300
     slow_questions: tuple[int, int] = (64, 2)
