@@ -17,7 +17,7 @@ from memreason.fast.matrices import laid_out
 from memreason.fast.memory import keep_freed_memory
 from memreason.fast.sparse import UNMASKED
 from memreason.finetune.methods import merged, network_of
-from memreason.generate.engine import COHORTS, Network, answer
+from memreason.generate.engine import COHORTS, Network, generate_in_cohorts
 from memreason.generate.plain import generate_plainly
 from memreason.generate.rows import Row
 
@@ -39,7 +39,7 @@ def decode(
     keep_freed_memory()
     if _feeds(network_of(model)):
         with merged(model), laid_out(model), torch.inference_mode(), attending(model, COHORTS):
-            yield from answer(model, codec, waiting, settings, more)
+            yield from generate_in_cohorts(model, codec, waiting, settings, more)
         return
     if settings.calculator:
         raise ModelError("eval.calculator: Transformers itself decodes this model, and cannot be given results")

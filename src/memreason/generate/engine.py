@@ -31,7 +31,7 @@ from memreason.generate.calculator import calculator
 from memreason.generate.choose import chooser, drafts_of, take
 from memreason.generate.rows import Row
 
-__all__ = ["COHORTS", "Cohort", "Network", "answer"]
+__all__ = ["COHORTS", "Cohort", "Network", "generate_in_cohorts"]
 
 COHORTS = "memreason_cohorts"  # the name of our attention in Transformers' table
 GROWTH = 32  # positions by which a cohort's memory grows
@@ -39,7 +39,7 @@ FEW = 64  # queries that are attended sooner than a second product is begun
 ECHOED, LONGEST = 32, 8  # tokens that a pass, and a row, drafts of what was read: hardly more work than for one
 
 
-def answer(
+def generate_in_cohorts(
     model: Any, codec: Codec, waiting: deque[Row], settings: EvalRecipe, more: Callable[[], bool]
 ) -> Iterator[list[Row]]:
     """Take rows from the queue until it is empty and all have ended; yield those that ended, after each pass."""

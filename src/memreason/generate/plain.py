@@ -50,7 +50,7 @@ def _answer(model: Any, rows: list[Row], eos: int, way: dict[str, Any]) -> None:
         logits[:] = [output.logits[:, -1].to(device, copy=True)]  # the whole of it would be kept with a part
 
     def which_ended(ids: Tensor, scores: Any, **_: Any) -> Tensor:
-        for place, one in enumerate(take(logits[0], ids[:, -1].tolist(), _given)):
+        for place, one in enumerate(take(logits[0], ids[:, -1].tolist(), _chosen)):
             if not done[place]:
                 rows[place].take(one)
                 done[place] = rows[place].ended(eos)
@@ -73,6 +73,6 @@ def _answer(model: Any, rows: list[Row], eos: int, way: dict[str, Any]) -> None:
         hook.remove()
 
 
-def _given(logits: Tensor, tokens: Sequence[float]) -> Tensor:
+def _chosen(logits: Tensor, tokens: Sequence[float]) -> Tensor:
     """What Transformers chose already, in the place of random numbers."""
     return torch.tensor(tokens, device=logits.device)
