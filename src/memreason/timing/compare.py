@@ -128,7 +128,8 @@ def _training(settings: Settings, dtype: str) -> dict[str, list[Figures]]:
     """Ours, the plain loop and TRL at its best take turns; the try that found its best is TRL's first turn."""
     shared = _shared_training(settings)
     once = {**shared, "steps": 1, "dtype": dtype}
-    tries: list[Figures] = [{"micro": 1, "compile": wanted} for wanted in ((False, True) if pays(ENOUGH) else (False,))]
+    tries: list[Figures] = [{"micro": micro, "compile": False} for micro in (1, 4)]
+    tries += [{"micro": 1, "compile": True}] if pays(ENOUGH) else []
     best, first = _best("train_trl", once, tries, "tokens_per_second", settings)
     ours, plain = ("train_memreason", {**shared, "steps": settings.steps + 1}), ("train_plain", {**shared, "steps": 1})
     found = _turns({"memreason": ours, "plain loop": plain}, 1, settings)
