@@ -42,7 +42,7 @@ def test_the_table_tells_better_from_worse(capsys: pytest.CaptureFixture[str]) -
     found = {
         "machine": {"gemm_bf16": 640.0, "gemm_fp32": 200.0, "read_bandwidth": 50.0, "threads": 2, "processor": "toy"},
         "start": {"help_seconds": 0.04},
-        "training": {"memreason": _rounds(**fast), "plain loop": _rounds(**slow)},
+        "training": {"memreason": _rounds(**fast), "plain loop": _rounds(**slow), "TRL, bf16, batch 1": [slow]},
         "evaluation": {
             "memreason": [{"tokens_per_second": 500.0, "wall_seconds": wall} for wall in (5.0, 10.0)],
             "generate sorted, bf16, batch 64": _rounds(tokens_per_second=250.0),
@@ -56,6 +56,7 @@ def test_the_table_tells_better_from_worse(capsys: pytest.CaptureFixture[str]) -
         ratios[against].append(row.get("ratio"))
     assert ratios == {
         "plain loop": [4.0, 2.0],
+        "TRL, bf16, batch 1": [4.0],
         "generate sorted, bf16, batch 64": [2.0],
         "vLLM": [3.0, 0.5],
         "4 x parameters x tokens": [0.5],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterator
+from itertools import cycle
 from typing import Any, NamedTuple
 
 __all__ = ["table"]
@@ -23,8 +24,9 @@ class Compared(NamedTuple):
     less: bool = False  # small is good: theirs stands above
 
     def ratios(self, ours: list[Figures], theirs: list[Figures]) -> list[float]:
-        """Turn by turn; above 1 is better."""
-        pairs = [(a[self.figure], b[self.figure]) for a, b in zip(ours, theirs, strict=True)]
+        """Turn by turn, or each of ours against their only one; above 1 is better."""
+        assert len(theirs) in (1, len(ours))
+        pairs = [(a[self.figure], b[self.figure]) for a, b in zip(ours, cycle(theirs), strict=False)]
         return [b / a if self.less else a / b for a, b in pairs]
 
 
