@@ -37,7 +37,7 @@ published: setup
 	$(BIN)/python benchmarks/published_verdicts.py --shared $(SHARED)
 	$(BIN)/python benchmarks/published_arguments.py --shared $(SHARED)
 
-# Timings beside the public libraries, on an idle machine: 15 minutes, and the first time 10 to train; with vLLM if `make .venv-vllm/.ready` made it a home.
+# Timings beside the public libraries, on an idle machine: under 15 minutes, and the first time 10 to train; with vLLM if `make .venv-vllm/.ready` made it a home.
 VLLM := .venv-vllm
 bench: setup
 	$(BIN)/memreason data import $(SHARED)/data/labelled/StrategyQA_train_clean.json --task strategyqa --split train

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft.tuners.lora import LoraLayer
 from peft.tuners.trainable_tokens import TrainableTokensLayer
 from torch.nn import functional as F
 from transformers import (
@@ -377,10 +378,17 @@ def test_every_question_is_answered_once_with_any_number_in_flight(fluent: Any) 
 def test_generating_leaves_the_weights_as_they_were(fluent: Any) -> None:
     network = network_of(fluent.model).to(torch.bfloat16)
     before = {name: parameter.clone() for name, parameter in network.named_parameters()}
+    names = {id(parameter): name for name, parameter in network.named_parameters()}
+    hooked = network.model.layers[1].mlp.up_proj
+    handle = hooked.register_forward_hook(lambda *_: None)
     with merged(fluent.model):
-        changed = [n for n, parameter in network.named_parameters() if not torch.equal(parameter, before[n])]
+        changed = [n for p in network.parameters() if not torch.equal(p, before[n := names[id(p)]])]
         assert any("gate_proj.base_layer" in name for name in changed)
         assert any("embed_tokens" in name for name in changed)
+        wrapping = [name for name, layer in network.named_modules() if isinstance(layer, LoraLayer)]
+        assert wrapping == ["model.layers.1.mlp.up_proj"]  # the others are left out: they would only pass it on
+    handle.remove()
+    assert {id(parameter): name for name, parameter in network.named_parameters()} == names
     for name, parameter in network.named_parameters():
         assert torch.equal(parameter, before[name])
         assert not parameter.is_inference()

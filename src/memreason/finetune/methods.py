@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -131,20 +131,38 @@ def merged(model: nn.Module) -> Iterator[None]:
     W + scale B A is summed in fp32 and rounded to W's dtype. The adapted W wait as they were meanwhile, for which a
     GPU's memory is too dear. Quantised matrices keep their LoRA beside them.
     """
-    layers: list[Any] = [layer for layer in row_layers(model) if not layer.merged]
-    lora = [layer for layer in model.modules() if type(layer) is LoraLinear and not layer.merged]
-    layers += [layer for layer in lora if layer.get_base_layer().weight.device.type == "cpu"]
-    weights = [layer.get_base_layer().weight for layer in layers]
+    rows: list[Any] = [layer for layer in row_layers(model) if not layer.merged]
+    lora: list[Any] = [layer for layer in model.modules() if type(layer) is LoraLinear and not layer.merged]
+    lora = [layer for layer in lora if layer.get_base_layer().weight.device.type == "cpu"]
+    weights = [layer.get_base_layer().weight for layer in rows + lora]
     before = [weight.data for weight in weights]
-    for layer, weight in zip(layers, weights, strict=True):
-        weight.data = weight.data.clone() if type(layer) is LoraLinear else weight.data  # PEFT adds LoRA in place
+    for weight in weights[len(rows) :]:
+        weight.data = weight.data.clone()  # PEFT adds LoRA in place
+    for layer in rows + lora:
         layer.merge()
+    try:
+        with _unwrapped(model, lora):
+            yield
+    finally:
+        for layer, weight, data in zip(rows + lora, weights, before, strict=True):
+            weight.data = data
+            layer.merged_adapters.clear()
+
+
+@contextmanager
+def _unwrapped(model: nn.Module, layers: Collection[Any]) -> Iterator[None]:
+    """Meanwhile what these layers of PEFT's wrap is called in their place, but for those that somebody has hooked: of a
+    pass with one row their calls alone are a fifteenth."""
+    bare = {one for one in layers if not ("forward" in vars(one) or one._forward_hooks or one._forward_pre_hooks)}
+    children: list[Any] = [(parent, *child) for parent in model.modules() for child in parent.named_children()]
+    places = [(parent, name, one) for parent, name, one in children if one in bare]
+    for parent, name, one in places:
+        setattr(parent, name, one.get_base_layer())
     try:
         yield
     finally:
-        for layer, weight, data in zip(layers, weights, before, strict=True):
-            weight.data = data
-            layer.merged_adapters.clear()
+        for parent, name, one in places:
+            setattr(parent, name, one)
 
 
 def network_of(model: Any) -> Any:
