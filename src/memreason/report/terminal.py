@@ -66,7 +66,7 @@ def print_samples(results: dict[str, Any], count: int = 4, seed: int = 0) -> Non
 
 
 def print_bench(results: dict[str, Any]) -> None:
-    """The table of a bench: what is compared, the ratio with its extremes, and both absolute figures."""
+    """The table of a bench: what is compared, the ratio, its extremes over several turns, and both absolute figures."""
     machine = results["machine"]
     console.print(
         f"{machine['processor']}, {machine['threads']} threads; matrix products {machine['gemm_fp32']:,.0f} GFLOP/s in "
@@ -79,7 +79,7 @@ def print_bench(results: dict[str, Any]) -> None:
         table.add_column(title, justify="left" if title == "job" else "right", no_wrap=title != "job")
     for row in results["table"]:
         job = Text(row["job"]) + (Text(f"\n  {row['against']}", style="dim") if row["against"] else Text())
-        turns = f"{row['from']:.2f} to {row['to']:.2f}" if "from" in row else ""
+        turns = f"{row['from']:.2f} to {row['to']:.2f}" if row.get("from") != row.get("to") else ""
         ratio, *values = [_short(row[name]) if name in row else "" for name in ("ratio", "ours", "theirs")]
         table.add_row(job, ratio, turns, row["reach"], *values)
     console.print(table)

@@ -33,8 +33,8 @@ LOOKUP = 8  # tokens that `generate` may draft from what it read, which it can a
 
 @dataclass(frozen=True)
 class Settings:
-    """What is measured. `run`: a trained run for the evaluations (None: training alone); `rounds`: turns of the
-    trainings, whose jobs are short, an evaluation of `questions` has one; `steps`: those of ours that count, the
+    """What is measured. `run`: a trained run for the evaluations (None: training alone); `rounds`: turns of
+    our training and the plain loop's, whose jobs are short, all others have one; `steps`: those of ours that count, the
     baselines take one of `batch` examples, more than the passes that warm them up; `slow_questions`: of
     the questions, how many `generate` gets, in batches and at batch 1; `vllm_python`: the interpreter of an environment
     that holds vLLM (None: without it); `curves`: also those of curves.py."""

@@ -142,7 +142,7 @@ RUNS: dict[str, tuple[Any, ...]] = {
         {
             "recipe": {"nargs": "?", "help": "recipe file or name (default: strategyqa-smollm2)"},
             "--run": {"type": Path, "help": "trained run or checkpoint, for the evaluations"},
-            "--rounds": {"type": int, "help": "turns of the trainings (default: 2)"},
+            "--rounds": {"type": int, "help": "turns of our training and the plain loop's (default: 2)"},
             "--questions": {"type": int, "help": "questions to evaluate on (default: 300)"},
             "--traces": {"type": int, "help": "traces to encode (default: 100000)"},
             "--vllm-python": {"type": Path, "metavar": "PYTHON", "help": "of an environment that holds vLLM"},
